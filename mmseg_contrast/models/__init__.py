@@ -1,0 +1,5 @@
+"""What mmseg's model registry builds, besides the adaptation itself."""
+
+from .data_preprocessor import DomainDataPreprocessor
+
+__all__ = ['DomainDataPreprocessor']

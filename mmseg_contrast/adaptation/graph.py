@@ -1,0 +1,87 @@
+"""The graph of views and pseudo-labels, checked before training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .segmentor import UDASegmentor
+
+
+def check(model: UDASegmentor) -> list[str]:
+    """Check all names, and say in which order objectives are evaluated.
+
+    The order depends on the graph and the names alone, not on the order in
+    which configs were merged: views nearer to the loader come first.
+
+    Args:
+        model (UDASegmentor): With all its parts.
+
+    Returns:
+        list[str]: Names of the objectives.
+
+    Raises:
+        ValueError: If a name is unknown or views need each other.
+    """
+    for name, policy in model.pseudo_labels.items():
+        teacher = getattr(policy, 'teacher', None)
+        if teacher is not None and teacher not in model.teachers:
+            raise ValueError(
+                f'model.pseudo_labels.{name}.teacher = {teacher!r} is not in '
+                f'model.teachers ({sorted(model.teachers)}).')
+    for name, view in model.views.items():
+        for policy in getattr(view, 'needs_pseudo_labels', ()):
+            if policy not in model.pseudo_labels:
+                raise ValueError(
+                    f'model.views.{name}.pseudo_label = {policy!r} is not in '
+                    f'model.pseudo_labels ({sorted(model.pseudo_labels)}).')
+    depths = {name: max((_depth(model, view, ())
+                         for view in objective.needs), default=0)
+              for name, objective in model.objectives.items()}
+    _check_folding(model)
+    return sorted(depths, key=lambda name: (depths[name], name))
+
+
+def _parents(model: UDASegmentor, view: str) -> list[str]:
+    """Views that a view is made from; a stream has none."""
+    if view not in model.views:
+        return []
+    module = model.views[view]
+    parents = list(module.needs)
+    for policy in getattr(module, 'needs_pseudo_labels', ()):
+        parents.extend(model.pseudo_labels[policy].needs)
+    return parents
+
+
+def _depth(model: UDASegmentor, view: str, path: tuple[str, ...]) -> int:
+    """Steps from the loader's streams to a view."""
+    if view in path:
+        raise ValueError('model.views need each other in a circle: '
+                         + ' -> '.join([*path, view]) + '.')
+    parents = _parents(model, view)
+    return max((1 + _depth(model, parent, (*path, view))
+                for parent in parents), default=0)
+
+
+def streams_needed(model: UDASegmentor) -> set[str]:
+    """Names that only the loader can supply."""
+    needed: set[str] = set()
+    todo = [view for one in model.objectives.values() for view in one.needs]
+    while todo:
+        view = todo.pop()
+        if view in model.views:
+            todo.extend(_parents(model, view))
+        else:
+            needed.add(view)
+    return needed
+
+
+def _check_folding(model: UDASegmentor) -> None:
+    """A weight for each sample can't be folded into a label map."""
+    heads = model.adapter.folding_heads
+    for name, policy in model.pseudo_labels.items():
+        if heads and getattr(policy, 'scope', None) == 'sample':
+            raise ValueError(
+                f"model.pseudo_labels.{name}.scope = 'sample' weighs each "
+                f'image, but {heads[0]} has a loss that takes no weight '
+                "map: use scope='batch' or CrossEntropyLoss.")

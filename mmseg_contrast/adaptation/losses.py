@@ -1,0 +1,135 @@
+"""Losses with pixel weights, for any loss of mmseg.
+
+mmseg's heads take no weight map. Losses that average pixel terms accept one
+(cross entropy); others ignore it silently (Lovasz) or refuse it (OHEM, Dice).
+Which is which is found out by trying, once, when the model is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = 255
+WeightParts = Sequence[tuple[Tensor, Tensor]]
+
+
+def _keywords(loss: nn.Module, ignore_index: int) -> dict[str, int]:
+    """Pass ``ignore_index`` only to losses that know it."""
+    names = inspect.signature(loss.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    if takes_any or 'ignore_index' in names:
+        return dict(ignore_index=ignore_index)
+    return {}
+
+
+def takes_pixel_weights(loss: nn.Module, channels: int,
+                        ignore_index: int = IGNORE) -> bool:
+    """Whether the loss is linear in a weight map ``(N, H, W)``.
+
+    Args:
+        loss (nn.Module): A loss of mmseg's kind.
+        channels (int): Channels of the logits it gets.
+        ignore_index (int): Label that is ignored.
+    """
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, channels, 4, 4, generator=gen)
+    labels = torch.randint(0, max(channels, 2), (2, 4, 4), generator=gen)
+    weights = torch.rand(2, 4, 4, generator=gen)
+    keywords = _keywords(loss, ignore_index)
+
+    def value(weight: Tensor) -> Tensor:
+        return loss(logits, labels, weight=weight, **keywords)
+
+    try:
+        one, two = value(weights), value(2 * weights)
+        zero = value(torch.zeros_like(weights))
+        flat = value(torch.ones_like(weights))
+    except Exception:
+        # Any failure means the same: this loss can't be given a weight map.
+        return False
+    return bool(one.dim() == 0 and zero == 0 and torch.isfinite(one)
+                and torch.isclose(two, 2 * one) and flat != one)
+
+
+def check_loss(loss: nn.Module, channels: int, where: str,
+               ignore_index: int = IGNORE) -> bool:
+    """Find out how a loss can be weighted; refuse one that can't.
+
+    Args:
+        loss (nn.Module): A loss of mmseg's kind.
+        channels (int): Channels of the logits it gets.
+        where (str): Config key for the message.
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        bool: True if it takes a weight map; False if the weights must be
+            folded into its labels.
+
+    Raises:
+        ValueError: If the loss works neither way.
+    """
+    if takes_pixel_weights(loss, channels, ignore_index):
+        return True
+    logits = torch.zeros(2, channels, 4, 4)
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    labels[:, :2] = ignore_index
+    try:
+        loss(logits, labels, **_keywords(loss, ignore_index))
+    except Exception as error:
+        raise ValueError(
+            f'{where} = {type(loss).__name__} can be given neither pixel '
+            f'weights nor ignored pixels ({error}); use a loss that can, such '
+            'as CrossEntropyLoss.') from error
+    return False
+
+
+def weighted_loss(loss: nn.Module,
+                  logits: Tensor,
+                  labels: Tensor,
+                  weights: Tensor | None = None,
+                  parts: WeightParts | None = None,
+                  takes_map: bool = True,
+                  ignore_index: int = IGNORE) -> Tensor:
+    """One loss of one head, with a weight for every pixel.
+
+    Args:
+        loss (nn.Module): A loss of mmseg's kind.
+        logits (Tensor): ``(N, C, H, W)``, at the labels' resolution.
+        labels (Tensor): int64, ``(N, H, W)``.
+        weights (Tensor, optional): ``(N, H, W)``; None is 1 everywhere.
+        parts (WeightParts, optional): The same weights as
+            ``sum scale * mask``; needed where ``takes_map`` is False.
+        takes_map (bool): See :func:`check_loss`. Where False, the loss is
+            ``sum_k scale_k * loss(labels where mask_k, ignored elsewhere)``,
+            which equals the weighted one for every mean over all pixels.
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Tensor: 0-d.
+
+    Raises:
+        ValueError: If weights are given that the loss can't express.
+    """
+    keywords = _keywords(loss, ignore_index)
+    if weights is None:
+        return loss(logits, labels, **keywords)
+    if takes_map:
+        return loss(logits, labels, weight=weights, **keywords)
+    if parts is None:
+        raise ValueError(
+            f'{type(loss).__name__} takes no weight map, and the weights of '
+            'this view are no sum of a few masks; use CrossEntropyLoss in '
+            'model.segmentor.decode_head.loss_decode.')
+    total = logits.sum() * 0
+    for scale, mask in parts:
+        kept = torch.where(mask, labels, ignore_index)
+        value = loss(logits, kept, **keywords)
+        # Some losses are NaN where every pixel is ignored.
+        any_left = (kept != ignore_index).any()
+        total = total + scale * torch.where(
+            any_left, value, torch.zeros_like(value))
+    return total

@@ -1,0 +1,214 @@
+"""What objectives and teachers may ask of any segmentor of mmseg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import ConfigDict
+from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
+from torch import Tensor, nn
+
+from ..ops import forked_rng
+from .heads import Target, adapt_head
+from .view import View
+
+_TRAINING = ('loss', '_decode_head_forward_train',
+             '_auxiliary_head_forward_train')
+_SCORE_HEADS = ('Mask2FormerHead', 'MaskFormerHead')
+
+
+def check_segmentor(segmentor: nn.Module) -> None:
+    """Refuse, by name, a segmentor that can't be adapted.
+
+    Args:
+        segmentor (nn.Module): Any model.
+
+    Raises:
+        ValueError: If it isn't an EncoderDecoder, or trains in its own way.
+    """
+    name = type(segmentor).__name__
+    if not isinstance(segmentor, EncoderDecoder):
+        raise ValueError(
+            f'model.segmentor.type = {name} cannot be adapted: it is neither '
+            'an EncoderDecoder nor a CascadeEncoderDecoder.')
+    for method in _TRAINING:
+        own = getattr(type(segmentor), method)
+        if own not in (getattr(EncoderDecoder, method),
+                       getattr(CascadeEncoderDecoder, method)):
+            raise ValueError(
+                f'model.segmentor.type = {name} cannot be adapted: it has a '
+                f'{method}() of its own, which knows no pixel weights.')
+    # Stock code reads test_cfg both as a dict and by attribute.
+    for key in ('test_cfg', 'train_cfg'):
+        cfg = getattr(segmentor, key)
+        if isinstance(cfg, dict) and not isinstance(cfg, ConfigDict):
+            setattr(segmentor, key, ConfigDict(cfg))
+
+
+class StudentAdapter:
+    """A segmentor seen as features, logits and weighted losses.
+
+    Args:
+        segmentor (EncoderDecoder): The segmentor; it is not owned.
+    """
+
+    def __init__(self, segmentor: nn.Module) -> None:
+        check_segmentor(segmentor)
+        self.segmentor = segmentor
+        train_cfg = segmentor.train_cfg
+        key = 'model.segmentor.decode_head'
+        if isinstance(segmentor.decode_head, nn.ModuleList):
+            self.decode = {
+                f'decode_{i}': adapt_head(head, f'{key}[{i}]', train_cfg)
+                for i, head in enumerate(segmentor.decode_head)}
+        else:
+            self.decode = {
+                'decode': adapt_head(segmentor.decode_head, key, train_cfg)}
+        key = 'model.segmentor.auxiliary_head'
+        self.auxiliary = {}
+        if segmentor.with_auxiliary_head:
+            head = segmentor.auxiliary_head
+            if isinstance(head, nn.ModuleList):
+                self.auxiliary = {
+                    f'aux_{i}': adapt_head(one, f'{key}[{i}]', train_cfg)
+                    for i, one in enumerate(head)}
+            else:
+                self.auxiliary = {'aux': adapt_head(head, key, train_cfg)}
+        self._norms = [m for m in segmentor.modules()
+                       if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    @property
+    def folding_heads(self) -> list[str]:
+        """Config keys of heads whose weights are folded into labels."""
+        heads = [*self.decode.values(), *self.auxiliary.values()]
+        return [head.where for head in heads if head.folds]
+
+    def features(self, view: View) -> Sequence[Tensor]:
+        """Outputs of backbone and neck.
+
+        Args:
+            view (View): Images ``(N, 3, H, W)``.
+        """
+        if not view.inputs:
+            return self.segmentor.extract_feat(view.images)
+        features = self.segmentor.backbone(view.images, **view.inputs)
+        if self.segmentor.with_neck:
+            features = self.segmentor.neck(features)
+        return features
+
+    @contextmanager
+    def batch_norm(self, update: bool) -> Iterator[None]:
+        """Record batch statistics inside the block, or leave them alone."""
+        tracked = [] if update else [
+            norm for norm in self._norms if norm.track_running_stats]
+        for norm in tracked:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in tracked:
+                norm.track_running_stats = True
+
+
+class StudentOutput:
+    """One pass of the student over one view, each head when asked for.
+
+    Args:
+        adapter (StudentAdapter): The student.
+        view (View): What it sees.
+        rng_keys (tuple): Position of this pass, for dropout and the like.
+        update_norm (bool): Whether batch-norm statistics are recorded.
+    """
+
+    def __init__(self, adapter: StudentAdapter, view: View,
+                 rng_keys: tuple[int | str, ...], update_norm: bool) -> None:
+        self._adapter = adapter
+        self._view = view
+        self._rng_keys = rng_keys
+        self._update_norm = update_norm
+        self._outputs: dict[str, tuple[Any, Any]] = {}
+        with self._context('features'):
+            self.features = adapter.features(view)
+
+    @contextmanager
+    def _context(self, name: str) -> Iterator[None]:
+        device = self._view.images.device
+        with (forked_rng(device, *self._rng_keys, name),
+              self._adapter.batch_norm(self._update_norm)):
+            yield
+
+    def _head(self, name: str) -> tuple[Any, Any]:
+        """Outputs of a head and the logits of the stage before it."""
+        if name not in self._outputs:
+            previous = None
+            decode = list(self._adapter.decode)
+            if name in decode and decode.index(name) > 0:
+                before = decode[decode.index(name) - 1]
+                previous = self._adapter.decode[before].logits(
+                    self._head(before)[0])
+            head = (self._adapter.decode | self._adapter.auxiliary)[name]
+            with self._context(name):
+                outputs = head.outputs(self.features, previous)
+            self._outputs[name] = outputs, previous
+        return self._outputs[name]
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Logits of the last decode head, ``(N, C, h, w)``.
+
+        None for heads that give none without another forward.
+        """
+        name, head = list(self._adapter.decode.items())[-1]
+        return head.logits(self._head(name)[0])
+
+    def losses(self, target: Target) -> dict[str, Tensor]:
+        """Losses of all decode and auxiliary heads, by mmseg's names.
+
+        Args:
+            target (Target): Labels and weights.
+        """
+        result = {}
+        heads = self._adapter.decode | self._adapter.auxiliary
+        for name, head in heads.items():
+            outputs, previous = self._head(name)
+            with self._context(f'{name}.losses'):
+                losses = head.losses(self.features, outputs, previous, target)
+            result.update({f'{name}.{k}': v for k, v in losses.items()})
+        return result
+
+
+@torch.no_grad()
+def class_probabilities(segmentor: nn.Module, images: Tensor) -> Tensor:
+    """Class probabilities of a segmentor, at the images' resolution.
+
+    Args:
+        segmentor (EncoderDecoder): In the mode it is to be used in.
+        images (Tensor): ``(N, 3, H, W)``.
+
+    Returns:
+        Tensor: float32, ``(N, C, H, W)``; two classes for a head with one
+        channel.
+    """
+    size = tuple(images.shape[-2:])
+    # mmseg trusts the metas for the output's size; a training batch's own
+    # ones name the size before padding.
+    metas = [dict(ori_shape=size, img_shape=size, pad_shape=size,
+                  padding_size=(0, 0, 0, 0)) for _ in range(len(images))]
+    scores = segmentor.encode_decode(images, metas).float()
+    if tuple(scores.shape[-2:]) != size:
+        scores = F.interpolate(scores, size, mode='bilinear',
+                               align_corners=segmentor.align_corners)
+    head = segmentor.decode_head
+    head = head[-1] if isinstance(head, nn.ModuleList) else head
+    if any(base.__name__ in _SCORE_HEADS for base in type(head).__mro__):
+        # Sums of mask probabilities: already positive, not yet normalised.
+        scores = scores.clamp_min(0)
+        return scores / scores.sum(1, keepdim=True).clamp_min(1e-6)
+    if scores.shape[1] == 1:
+        positive = scores.sigmoid()
+        return torch.cat([1 - positive, positive], 1)
+    return scores.softmax(1)

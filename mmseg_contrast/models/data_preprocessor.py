@@ -1,0 +1,80 @@
+"""Preprocessing of several streams by the student's own preprocessor."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseDataPreprocessor
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from torch import nn
+
+
+@MODELS.register_module()
+class DomainDataPreprocessor(BaseDataPreprocessor):
+    """Runs the student's preprocessor on each stream.
+
+    A batch of one stream, as validation and test give, passes straight
+    through.
+
+    Args:
+        base (dict or nn.Module): The student's preprocessor.
+    """
+
+    def __init__(self, base: dict | nn.Module) -> None:
+        super().__init__()
+        self.base = base if isinstance(base, nn.Module) else MODELS.build(
+            base)
+
+    def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
+        """Normalise, pad and stack.
+
+        Args:
+            data (dict): ``inputs`` and ``data_samples``, each a list, or a
+                dict of lists by stream.
+            training (bool): As mmseg's preprocessors take it.
+
+        Returns:
+            dict: The same with ``inputs`` as ``(N, 3, H, W)``, by stream if
+            they came by stream.
+        """
+        if not isinstance(data['inputs'], dict):
+            return self.base(data, training)
+        inputs, samples = {}, {}
+        for name, images in data['inputs'].items():
+            one = self._stream(_flat(images),
+                               _flat(data['data_samples'][name]), training)
+            inputs[name], samples[name] = one['inputs'], one['data_samples']
+        return dict(inputs=inputs, data_samples=samples)
+
+    def _stream(self, images: list, samples: list, training: bool) -> dict:
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        done = self.base(dict(inputs=images, data_samples=samples), training)
+        height, width = done['inputs'].shape[-2:]
+        given = ['valid_region' in sample for sample in done['data_samples']]
+        padded = any(size != (height, width) for size in sizes)
+        if not (any(given) or padded):
+            return done
+        for sample, (high, wide), has in zip(
+                done['data_samples'], sizes, given, strict=True):
+            # mmseg pads images and labels alone, to the right and below; a
+            # pixel of padding is no place for a pseudo-label.
+            if has:
+                region = sample.valid_region.data
+            else:
+                region = torch.ones(
+                    1, high, wide, dtype=torch.uint8,
+                    device=done['inputs'].device)
+            region = F.pad(region, (0, width - wide, 0, height - high))
+            sample.set_data(dict(valid_region=PixelData(data=region)))
+        return done
+
+
+def _flat(batch: list) -> list:
+    """Streams with several images a position come as lists of lists."""
+    if batch and isinstance(batch[0], (list, tuple)):
+        return list(chain.from_iterable(batch))
+    return list(batch)
