@@ -1,0 +1,66 @@
+# CamVid (Cambridge) to IDD-Lite (India): country, camera, vehicles, dust.
+# Hyper-parameters are chosen on val_select, results reported on val_report.
+classes = ('drivable', 'non-drivable', 'living', 'vehicle', 'roadside', 'far',
+           'sky')
+palette = [[128, 64, 128], [244, 35, 232], [220, 20, 60], [0, 0, 142],
+           [250, 170, 30], [70, 70, 70], [70, 130, 180]]
+metainfo = dict(classes=classes, palette=palette)
+source_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 1.5),
+         keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(256, 256), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackStreamInputs'),
+]
+target_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 1.5),
+         keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(256, 256)),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackStreamInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(480, 360), keep_ratio=True),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+source = dict(
+    type='BaseSegDataset',
+    metainfo=metainfo,
+    data_root='data/camvid7',
+    data_prefix=dict(img_path='img_dir/train', seg_map_path='ann_dir/train'),
+    pipeline=source_pipeline)
+target = dict(
+    type='BaseSegDataset',
+    metainfo=metainfo,
+    data_root='data/idd_lite7',
+    data_prefix=dict(img_path='img_dir/train'),
+    pipeline=target_pipeline)
+pair = dict(
+    num_classes=7,
+    train_dataloader=dict(
+        batch_size=2,
+        num_workers=1,
+        persistent_workers=True,
+        sampler=dict(type='PositionSampler'),
+        dataset=dict(
+            type='StreamDataset',
+            streams=dict(
+                source=dict(dataset=source, labelled=True, cache=True),
+                target=dict(dataset=target, labelled=False, cache=True)))),
+    test_dataloader=dict(
+        batch_size=1,
+        num_workers=1,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='BaseSegDataset',
+            metainfo=metainfo,
+            data_root='data/idd_lite7',
+            ann_file='splits/val_report.txt',
+            data_prefix=dict(
+                img_path='img_dir/val', seg_map_path='ann_dir/val'),
+            pipeline=test_pipeline)))
