@@ -1,0 +1,6 @@
+"""Hooks and the optimizer constructor."""
+
+from . import hooks
+from .optimizer import UDAOptimWrapperConstructor
+
+__all__ = ['UDAOptimWrapperConstructor', 'hooks']

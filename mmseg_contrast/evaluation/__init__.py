@@ -1,0 +1,5 @@
+"""Metrics."""
+
+from .iou import FieldIoUMetric
+
+__all__ = ['FieldIoUMetric']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.structures import PixelData
@@ -53,7 +54,7 @@ class UDATTAModel(SegTTAModel):
 
     def _merge(self, logits: list[Tensor]) -> Tensor:
         """Class of the mean probability, ``(1, H, W)``."""
-        student = getattr(self.module, 'segmentor', self.module)
+        student: Any = getattr(self.module, 'segmentor', self.module)
         if student.out_channels > 1:
             probs = torch.stack([one.softmax(dim=0) for one in logits])
             return probs.mean(dim=0).argmax(dim=0, keepdim=True)

@@ -1,0 +1,7 @@
+"""Hooks."""
+
+from .position import PositionHook
+from .pseudo_label_health import PseudoLabelHealthHook
+from .uda_visualization import UDAVisualizationHook
+
+__all__ = ['PositionHook', 'PseudoLabelHealthHook', 'UDAVisualizationHook']

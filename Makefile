@@ -1,0 +1,46 @@
+# make demo    set everything up, train source-only and UDA, print the result
+# make test    set everything up, run the tests (make test-all: slow ones too)
+# make lint    ruff and mypy
+# make clean   remove what the others left (also .venv)
+#
+# The active virtual or conda environment is used; without one, .venv is made.
+# PYTHON=/path/to/python3.12 chooses what .venv is made with.
+
+ifneq ($(VIRTUAL_ENV),)
+ENV := $(VIRTUAL_ENV)
+else ifneq ($(filter-out base,$(CONDA_DEFAULT_ENV)),)
+ENV := $(CONDA_PREFIX)
+else
+ENV := .venv
+endif
+PY := "$(ENV)/bin/python"
+INSTALL := PYTHONNOUSERSITE=1 $(PY) requirements/install.py
+
+# A clone runs its own code, whatever else is installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: demo test test-all lint env clean
+
+demo: env
+	@$(PY) tools/demo.py
+
+test: env
+	@$(PY) -m pytest $(ARGS)
+
+test-all: env
+	@$(PY) -m pytest -m "" $(ARGS)
+
+lint: env
+	@$(INSTALL) lint
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+env:
+	@if [ "$(ENV)" = .venv ]; then \
+	    sh requirements/make_venv.sh .venv "$(PYTHON)"; fi
+	@$(INSTALL)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache \
+	    .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""Lets a resumed run go on at the very next sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmseg.registry import HOOKS
+from torch.utils.data import DataLoader
+
+from ...datasets import PositionSampler, StreamDataset
+
+
+@HOOKS.register_module()
+class PositionHook(Hook):
+    """Sets the train loader to the position of the run.
+
+    A resumed run starts at iteration ``i``, so its next sample is number
+    ``i * batch_size`` of this rank. mmengine gets there by loading and
+    throwing away all samples before (0.10.7) or by skipping in the sampler,
+    unless told otherwise (the onedl fork). This hook moves the sampler, and
+    no skipped sample is loaded on either. It also hands a seed that came
+    from the checkpoint to the dataset.
+
+    Runs in ``before_train``, when checkpoint and loop are ready. Loaders of
+    other datasets are left alone.
+    """
+
+    priority = 'NORMAL'
+
+    def before_train(self, runner: Runner) -> None:
+        """Move the loader.
+
+        Args:
+            runner (Runner): The runner, its checkpoint loaded.
+
+        Raises:
+            ValueError: If streams are combined with another sampler or
+                another train loop.
+        """
+        loop = runner.train_loop
+        loader = runner.train_dataloader
+        if not isinstance(loader.dataset, StreamDataset):
+            return
+        sampler = _sampler(loader)
+        if not isinstance(sampler, PositionSampler):
+            raise ValueError(
+                'StreamDataset is drawn by position: set `train_dataloader.'
+                "sampler` to dict(type='PositionSampler'), it is "
+                f'{type(sampler).__name__}')
+        if not isinstance(loop, IterBasedTrainLoop):
+            raise ValueError(
+                'StreamDataset has no epochs: set `train_cfg` to dict(type='
+                f"'IterBasedTrainLoop', ...), it is {type(loop).__name__}")
+        seed = _seed(runner)
+        new_seed = seed is not None and seed != sampler.seed
+        if new_seed:
+            sampler.set_seed(seed)
+        if runner.iter > 0 or new_seed:
+            sampler.skip(runner.iter * _batch_size(loader))
+            loop.dataloader_iterator = _ResumedIterator(
+                loader,
+                loop.dataloader_iterator,
+                # stock mmengine calls next() this often to skip samples
+                ignored=0 if hasattr(loop.dataloader_iterator, 'skip_iter')
+                else runner.iter)
+
+
+class _ResumedIterator:
+    """Stands for the loop's iterator; the samples to skip are skipped."""
+
+    def __init__(self, loader: DataLoader, replaced: Any, ignored: int
+                 ) -> None:
+        _stop_workers(loader, replaced)
+        self._loader = loader
+        self._ignored = ignored
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> _ResumedIterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._ignored > 0:
+            self._ignored -= 1
+            return None
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        return next(self._iterator)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Do nothing: the sampler is there already.
+
+        Args:
+            num_iters (int): Ignored.
+        """
+
+
+def _stop_workers(loader: DataLoader, replaced: Any) -> None:
+    """End workers that already load from the old position and seed.
+
+    Persistent workers hold a copy of the dataset, so they would keep its old
+    seed; the loader must start new ones.
+    """
+    running = getattr(replaced, '_iterator', None)
+    stop = getattr(running, '_shutdown_workers', None)
+    if stop is not None:
+        stop()
+    if running is not None:
+        replaced._iterator = None
+    if getattr(loader, '_iterator', None) is not None:
+        loader._iterator = None
+
+
+def _sampler(loader: DataLoader) -> Any:
+    """The sampler of samples, also below a custom batch sampler."""
+    if loader.batch_size is None:
+        return getattr(loader.batch_sampler, 'sampler', loader.sampler)
+    return loader.sampler
+
+
+def _batch_size(loader: DataLoader) -> int:
+    if loader.batch_size is not None:
+        return loader.batch_size
+    return loader.batch_sampler.batch_size
+
+
+def _seed(runner: Runner) -> int | None:
+    """The seed that all ranks share; None if the config pins another."""
+    config = runner.cfg.get('train_dataloader') or {}
+    sampler = config.get('sampler') if hasattr(config, 'get') else None
+    if isinstance(sampler, dict) and sampler.get('seed') is not None:
+        return None
+    if runner.seed is None:
+        return None
+    different = runner._randomness_cfg.get('diff_rank_seed', False)
+    return runner.seed - get_rank() if different else runner.seed

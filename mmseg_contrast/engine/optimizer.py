@@ -1,0 +1,175 @@
+"""Build the optimizer of a UDA model as that of the plain student."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import Tensor, nn
+
+#: What constructors note in a group and no optimizer reads.
+LABELS = ('lr_mult', 'decay_mult')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class UDAOptimWrapperConstructor:
+    """Apply a stock constructor to the student, add what else is trainable.
+
+    The stock constructor sees ``model.segmentor``, so ``custom_keys`` and
+    layer decay find the names of the plain config (``backbone.*``). Trainable
+    parameters of objectives, views and the like follow with the base learning
+    rate and weight decay; teachers and frozen parameters get into no group.
+    Groups with equal hyper-parameters are merged: stock constructors make one
+    group per tensor, which defeats the foreach and fused optimizers. A model
+    without ``segmentor`` is treated as the student itself.
+
+    Args:
+        optim_wrapper_cfg (dict): As for any constructor. Its additional key
+            ``base_constructor`` names the stock constructor to apply; default
+            ``'DefaultOptimWrapperConstructor'``.
+        paramwise_cfg (dict, optional): Passed to the stock constructor.
+
+    Raises:
+        ValueError: If the student has nothing to train.
+    """
+
+    def __init__(self,
+                 optim_wrapper_cfg: dict,
+                 paramwise_cfg: dict | None = None) -> None:
+        cfg = copy.deepcopy(optim_wrapper_cfg)
+        base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
+            dict(
+                type=base,
+                optim_wrapper_cfg=cfg,
+                # Layer decay renames keys of this dict in place.
+                paramwise_cfg=copy.deepcopy(paramwise_cfg)))
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper.
+
+        Args:
+            model (nn.Module): A ``UDASegmentor`` or a plain segmentor, in a
+                distributed wrapper or not.
+
+        Returns:
+            OptimWrapper: The wrapper, with merged parameter groups.
+        """
+        if is_model_wrapper(model):
+            model = model.module
+        student = getattr(model, 'segmentor', model)
+        if not any(p.requires_grad for p in student.parameters()):
+            raise ValueError(
+                'model.segmentor has no trainable parameter: unfreeze a part '
+                'of it (frozen_stages, frozen_exclude, ...).')
+
+        optim_wrapper = self.base(student)
+        optimizer = optim_wrapper.optimizer
+        drop_frozen(optimizer)
+        add_parameters(optimizer, trainable_extras(model, student))
+        merge_groups(optimizer)
+        print_log(describe_groups(optimizer), logger='current')
+        return optim_wrapper
+
+
+def trainable_extras(model: nn.Module,
+                     student: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Trainable parameters outside student and teachers.
+
+    Args:
+        model (nn.Module): The whole model.
+        student (nn.Module): Its student.
+
+    Returns:
+        list: ``(name, parameter)`` in the model's order.
+    """
+    # By identity: an objective may hold a reference to a part of the student.
+    known = {id(p) for p in student.parameters()}
+    teachers = getattr(model, 'teachers', None)
+    if isinstance(teachers, nn.Module):
+        known.update(id(p) for p in teachers.parameters())
+    return [(name, p) for name, p in model.named_parameters()
+            if p.requires_grad and id(p) not in known]
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Take parameters without gradient, and empty groups, out of it."""
+    for group in optimizer.param_groups:
+        keep = [p.requires_grad for p in group['params']]
+        for key in ('params', 'param_names'):
+            if key in group:
+                group[key] = [
+                    value for value, kept in zip(group[key], keep, strict=True)
+                    if kept
+                ]
+    optimizer.param_groups[:] = [
+        group for group in optimizer.param_groups if group['params']
+    ]
+
+
+def add_parameters(optimizer: torch.optim.Optimizer,
+                   named: list[tuple[str, nn.Parameter]]) -> None:
+    """Add a group with the optimizer's base settings, if there is any."""
+    if not named:
+        return
+    group: dict[str, Any] = dict(params=[p for _, p in named])
+    # torch wants names in every group or in none; layer decay gives them.
+    if 'param_names' in optimizer.param_groups[0]:
+        group['param_names'] = [name for name, _ in named]
+    optimizer.add_param_group(group)
+
+
+def merge_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Merge groups with equal hyper-parameters, in place, order kept.
+
+    Args:
+        optimizer (torch.optim.Optimizer): One that hasn't stepped yet.
+
+    Raises:
+        ValueError: If it holds state already, whose order would be lost.
+    """
+    if optimizer.state:
+        raise ValueError(
+            'Parameter groups are merged before the first step only: this '
+            'optimizer has state already.')
+    merged: dict[tuple, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        key = tuple(
+            (name, _comparable(value)) for name, value in sorted(group.items())
+            if name not in ('params', 'param_names', *LABELS))
+        first = merged.setdefault(key, group)
+        if first is group:
+            continue
+        first['params'].extend(group['params'])
+        if 'param_names' in first:
+            first['param_names'].extend(group['param_names'])
+        for label in LABELS:
+            if first.get(label) != group.get(label):
+                first.pop(label, None)
+    optimizer.param_groups[:] = merged.values()
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """A table of the groups: learning rate, weight decay, sizes."""
+    rows = [f'{"lr":>10} {"decay":>10} {"tensors":>8} {"parameters":>12}']
+    for group in optimizer.param_groups:
+        lr = float(group['lr']) if 'lr' in group else float('nan')
+        decay = float(group.get('weight_decay', 0.))
+        size = sum(p.numel() for p in group['params'])
+        rows.append(f'{lr:>10.4g} {decay:>10.4g} {len(group["params"]):>8} '
+                    f'{size:>12,}')
+    return '\n'.join(['Parameter groups:', *rows])
+
+
+def _comparable(value: Any) -> Any:
+    """A hashable stand-in that is equal exactly if the setting is."""
+    if isinstance(value, Tensor):
+        return ('tensor', id(value))
+    if isinstance(value, (list, tuple)):
+        return tuple(_comparable(item) for item in value)
+    return value

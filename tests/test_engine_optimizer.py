@@ -1,0 +1,274 @@
+import copy
+
+import pytest
+import torch
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from torch import nn
+
+from mmseg_contrast.engine.optimizer import (
+    add_parameters,
+    describe_groups,
+    drop_frozen,
+    merge_groups,
+)
+
+UDA = 'UDAOptimWrapperConstructor'
+
+
+@pytest.fixture(autouse=True)
+def mmseg_scope():
+    init_default_scope('mmseg')
+
+
+class Student(nn.Module):
+    """Eight tensors to train, one frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+        self.decode_head = nn.Sequential(nn.Conv2d(4, 2, 1))
+        self.frozen = nn.Linear(2, 2, bias=False).requires_grad_(False)
+
+    def forward(self, images):
+        return self.decode_head(self.backbone(images))
+
+
+class Model(nn.Module):
+    """The parts of a UDASegmentor that an optimizer sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.segmentor = Student()
+        self.teachers = nn.ModuleDict(dict(ema=Student()))
+        self.objectives = nn.ModuleDict(dict(project=nn.Linear(2, 2)))
+        self.state = nn.ModuleDict(dict(bank=nn.Linear(3, 1, bias=False)))
+
+    def forward(self, images):
+        logits = self.segmentor(images).mean((2, 3))
+        return self.objectives['project'](logits).pow(2).sum() + self.state[
+            'bank'](images.mean((2, 3))).pow(2).sum()
+
+
+def config(paramwise=None, **more):
+    cfg = dict(
+        type='OptimWrapper',
+        constructor=UDA,
+        optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.1),
+        **more)
+    if paramwise is not None:
+        cfg['paramwise_cfg'] = paramwise
+    return cfg
+
+
+def names_of(model, group):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in group['params']]
+
+
+def test_custom_keys_see_plain_names_and_equal_groups_merge():
+    torch.manual_seed(0)
+    model = Model()
+    paramwise = dict(
+        norm_decay_mult=0.,
+        # Matches at the start of a name only if the prefix is gone.
+        custom_keys={'decode_head.0': dict(lr_mult=10.)})
+    # Stock behaviour first: one group per tensor.
+    stock = build_optim_wrapper(
+        model.segmentor, config(paramwise) | dict(
+            constructor='DefaultOptimWrapperConstructor'))
+    assert len(stock.optimizer.param_groups) == 8
+
+    wrapper = build_optim_wrapper(model, config(paramwise))
+    rows = [(g['lr'], g['weight_decay'], len(g['params']))
+            for g in wrapper.optimizer.param_groups]
+    assert rows == [(0.01, 0.1, 7), (0.01, 0., 2), (0.1, 0.1, 2)]
+    assert names_of(model, wrapper.optimizer.param_groups[0]) == [
+        'segmentor.backbone.0.weight', 'segmentor.backbone.0.bias',
+        'segmentor.backbone.2.weight', 'segmentor.backbone.2.bias',
+        'objectives.project.weight', 'objectives.project.bias',
+        'state.bank.weight'
+    ]
+    assert names_of(model, wrapper.optimizer.param_groups[1]) == [
+        'segmentor.backbone.1.weight', 'segmentor.backbone.1.bias'
+    ]
+    assert names_of(model, wrapper.optimizer.param_groups[2]) == [
+        'segmentor.decode_head.0.weight', 'segmentor.decode_head.0.bias'
+    ]
+
+
+def test_prefix_is_really_gone():
+    model = Model()
+    paramwise = dict(custom_keys={'segmentor': dict(lr_mult=0.)})
+    wrapper = build_optim_wrapper(model, config(paramwise))
+    assert [g['lr'] for g in wrapper.optimizer.param_groups] == [0.01]
+
+
+def test_without_paramwise_no_frozen_and_no_teacher_parameter():
+    model = Model()
+    wrapper = build_optim_wrapper(model, config())
+    assert [len(g['params']) for g in wrapper.optimizer.param_groups] == [11]
+    held = {id(p) for p in wrapper.optimizer.param_groups[0]['params']}
+    assert id(model.segmentor.frozen.weight) not in held
+    # The teacher of this toy has gradients on: it stays out by its place.
+    assert all(p.requires_grad for p in model.teachers['ema'].decode_head[0]
+               .parameters())
+    assert not held & {id(p) for p in model.teachers.parameters()}
+
+
+def test_reference_to_the_student_in_an_objective_is_not_added_twice():
+    model = Model()
+    model.objectives['again'] = model.segmentor.decode_head
+    wrapper = build_optim_wrapper(model, config())
+    assert [len(g['params']) for g in wrapper.optimizer.param_groups] == [11]
+
+
+@pytest.mark.parametrize('optimizer', [
+    dict(type='AdamW', lr=0.01, weight_decay=0.1),
+    dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1),
+])
+def test_a_step_equals_that_of_the_unmerged_optimizer(optimizer):
+    torch.manual_seed(0)
+    merged_model = Model()
+    stock_model = copy.deepcopy(merged_model)
+    paramwise = dict(
+        norm_decay_mult=0.,
+        bias_lr_mult=2.,
+        custom_keys={'decode_head': dict(lr_mult=10.)})
+    cfg = config(paramwise)
+    cfg['optimizer'] = optimizer
+    merged = build_optim_wrapper(merged_model, copy.deepcopy(cfg))
+
+    stock_cfg = cfg | dict(constructor='DefaultOptimWrapperConstructor')
+    stock = build_optim_wrapper(stock_model.segmentor, stock_cfg)
+    stock.optimizer.add_param_group(
+        dict(params=[
+            *stock_model.objectives.parameters(),
+            *stock_model.state.parameters()
+        ]))
+    assert len(stock.optimizer.param_groups) == 9
+    assert len(merged.optimizer.param_groups) == 4
+
+    images = torch.randn(2, 3, 6, 6)
+    for _ in range(3):
+        for model, wrapper in ((merged_model, merged), (stock_model, stock)):
+            wrapper.update_params(model(images))
+    for ours, theirs in zip(
+            merged_model.parameters(), stock_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_layer_decay_of_mmseg_means_the_same():
+    model = Model()
+    vit = MODELS.build(
+        dict(
+            type='BEiT',
+            img_size=(32, 32),
+            patch_size=16,
+            embed_dims=8,
+            num_layers=2,
+            num_heads=2,
+            mlp_ratio=2,
+            out_indices=(1, )))
+    model.segmentor = nn.Module()
+    model.segmentor.backbone = vit
+    model.segmentor.decode_head = nn.Conv2d(8, 2, 1)
+    paramwise = dict(num_layers=2, layer_decay_rate=0.5)
+    wrapper = build_optim_wrapper(
+        model,
+        config(paramwise, base_constructor='LayerDecayOptimizerConstructor'))
+    # The user's config is left as it was, the constructor renames a key.
+    assert paramwise == dict(num_layers=2, layer_decay_rate=0.5)
+
+    names = {id(p): n for n, p in model.named_parameters()}
+    settings = {
+        names[id(p)]: (g['lr'], g['weight_decay'])
+        for g in wrapper.optimizer.param_groups
+        for p in g['params']
+    }
+    # layer_id 0 (patch embedding), 1, 2 (blocks), 3 (head); 0.5 ** (3 - id)
+    start = 'segmentor.backbone.'
+    assert settings[f'{start}cls_token'] == (0.01 / 8, 0.1)
+    assert settings[f'{start}patch_embed.projection.bias'] == (0.01 / 8, 0.)
+    assert settings[f'{start}layers.0.attn.qkv.weight'] == (0.01 / 4, 0.1)
+    assert settings[f'{start}layers.1.ln1.bias'] == (0.01 / 2, 0.)
+    assert settings['segmentor.decode_head.weight'] == (0.01, 0.1)
+    assert settings['segmentor.decode_head.bias'] == (0.01, 0.)
+    # The rest of the model: base settings, so merged with nothing (layer
+    # decay labels its groups).
+    assert settings['objectives.project.bias'] == (0.01, 0.1)
+    assert len(wrapper.optimizer.param_groups) == 9
+    for group in wrapper.optimizer.param_groups:
+        assert len(group['param_names']) == len(group['params'])
+    trainable = sum(p.requires_grad for p in model.parameters())
+    teachers = sum(p.requires_grad for p in model.teachers.parameters())
+    assert len(settings) == trainable - teachers
+
+
+def test_model_without_segmentor_is_the_student():
+    student = Student()
+    wrapper = build_optim_wrapper(
+        student, config(dict(norm_decay_mult=0.)))
+    assert [(g['weight_decay'], len(g['params']))
+            for g in wrapper.optimizer.param_groups] == [(0.1, 6), (0., 2)]
+
+
+def test_distributed_wrapper_is_taken_off():
+    model = Model()
+    wrapped = MMDistributedDataParallel.__new__(MMDistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    wrapper = build_optim_wrapper(wrapped, config())
+    assert [len(g['params']) for g in wrapper.optimizer.param_groups] == [11]
+
+
+def test_frozen_student_is_refused():
+    model = Model()
+    model.segmentor.requires_grad_(False)
+    with pytest.raises(ValueError, match='model.segmentor has no trainable'):
+        build_optim_wrapper(model, config())
+
+
+def test_merging_needs_a_fresh_optimizer():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1., momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match='before the first step'):
+        merge_groups(optimizer)
+
+
+def test_groups_of_other_settings_stay_apart():
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(4)]
+    optimizer = torch.optim.AdamW([
+        dict(params=parameters[:1], betas=(0.9, 0.999), lr_mult=1.),
+        dict(params=parameters[1:2], betas=[0.9, 0.999]),
+        dict(params=parameters[2:3], betas=(0.9, 0.99)),
+        dict(params=parameters[3:], lr=1.),
+    ])
+    merge_groups(optimizer)
+    assert [len(g['params']) for g in optimizer.param_groups] == [2, 1, 1]
+    # A note that isn't true of the whole group is dropped.
+    assert 'lr_mult' not in optimizer.param_groups[0]
+
+
+def test_frozen_parameters_leave_with_their_names():
+    free, frozen, gone = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = torch.optim.SGD([
+        dict(params=[('free', free), ('frozen', frozen)]),
+        dict(params=[('gone', gone)])
+    ], lr=1.)
+    frozen.requires_grad_(False)
+    gone.requires_grad_(False)
+    drop_frozen(optimizer)
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.param_groups[0]['param_names'] == ['free']
+    add_parameters(optimizer, [('new', nn.Parameter(torch.ones(2)))])
+    merge_groups(optimizer)
+    assert optimizer.param_groups[0]['param_names'] == ['free', 'new']
+    assert describe_groups(optimizer).splitlines()[2].split() == [
+        '1', '0', '2', '3'
+    ]
