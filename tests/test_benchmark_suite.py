@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def run_suite(suite, place, *extra):
     return suite.main([
         '--configs', str(place / 'configs'), '--out', str(place / 'out'),
         '--results', str(place / 'docs' / 'benchmarks'), '--trainer',
-        f'{sys.executable} {place / "trainer.py"}', '--jobs', '2', *extra
+        shlex.join([sys.executable, str(place / 'trainer.py')]),
+        '--jobs', '2', *extra
     ])
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mmengine.dataset import pseudo_collate
+from torch.utils.data import DataLoader
+
 from datasets_common import (
     CLASSES,
     files_pipeline,
@@ -15,9 +18,6 @@ from datasets_common import (
     streets,
     write_folder,
 )
-from mmengine.dataset import pseudo_collate
-from torch.utils.data import DataLoader
-
 from mmseg_contrast.datasets import PositionSampler, StreamDataset
 
 CROP = dict(type='RandomCrop', crop_size=(16, 16), cat_max_ratio=0.75)

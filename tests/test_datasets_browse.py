@@ -10,9 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from datasets_common import files_pipeline, folder, write_folder
 from mmengine.config import Config
 
+from datasets_common import files_pipeline, folder, write_folder
 from mmseg_contrast.datasets import StreamDataset
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from datasets_common import CLASSES, files_pipeline, folder, write_folder
 
+from datasets_common import CLASSES, files_pipeline, folder, write_folder
 from mmseg_contrast.datasets import LabelMap, StreamDataset
 
 OWN = ('road', 'autorickshaw', 'rider', 'static', 'person')

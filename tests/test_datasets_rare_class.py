@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from datasets_common import CLASSES, files_pipeline, folder, write_folder
 
+from datasets_common import CLASSES, files_pipeline, folder, write_folder
 from mmseg_contrast.datasets import (
     RareClassDraw,
     StreamDataset,

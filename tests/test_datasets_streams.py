@@ -9,12 +9,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from datasets_common import files_pipeline, folder, streets, write_folder
 from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import DataLoader
 
+from datasets_common import files_pipeline, folder, streets, write_folder
 from mmseg_contrast.datasets import (
     LoadSyntheticLabels,
     PositionSampler,

@@ -10,9 +10,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from datasets_common import streets_pipeline
 from mmseg.registry import DATASETS
 
+from datasets_common import streets_pipeline
 from mmseg_contrast.datasets import (
     LoadSyntheticImage,
     LoadSyntheticLabels,

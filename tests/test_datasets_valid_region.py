@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from datasets_common import files_pipeline, folder, streets, write_folder
 from mmcv.transforms import BaseTransform
 
+from datasets_common import files_pipeline, folder, streets, write_folder
 from mmseg_contrast.datasets import MarkValidRegion, StreamDataset
 
 

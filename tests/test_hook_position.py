@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets_common import streets
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import DATASETS
 from torch.utils.data import DataLoader, SequentialSampler
 
+from datasets_common import streets
 from mmseg_contrast.datasets import PositionSampler
 from mmseg_contrast.engine.hooks import PositionHook
 

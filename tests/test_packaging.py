@@ -119,10 +119,10 @@ def test_installed_wheel_finds_its_configs(wheel, tmp_path):
 def test_editable_install_uses_the_clone(source, tmp_path):
     before = tree(source)
     target = tmp_path / 'env'
-    subprocess.run([sys.executable, '-m', 'venv', '--system-site-packages',
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip',
                     str(target)], check=True)
     python = target / 'bin' / 'python'
-    # A venv made inside of a venv doesn't see the outer packages by itself.
+    # pip and setuptools are those of the outer environment.
     site, = (target / 'lib').glob('python*/site-packages')
     outer = [p for p in sys.path if p.endswith('site-packages')]
     (site / 'outer.pth').write_text('\n'.join(outer) + '\n')

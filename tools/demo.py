@@ -25,6 +25,7 @@ ITERATION = re.compile(r'Iter\(train\)\s+\[\s*(\d+)/\s*(\d+)\]')
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description='Train source-only and UDA on the embedded streets')
     parser.add_argument('--seed', type=int, default=0)
@@ -101,6 +102,7 @@ def wait(processes: dict[str, subprocess.Popen],
 
 
 def main() -> None:
+    """Train both, compare, print."""
     args = parse_args()
     try:
         cores = len(os.sched_getaffinity(0))

@@ -16,7 +16,9 @@ model = dict(
 data_preprocessor = dict(size=(128, 128))
 train_dataloader = _base_.pair.train_dataloader
 val_dataloader = test_dataloader = _base_.pair.test_dataloader
+test_pipeline = test_dataloader.dataset.pipeline
 val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
+optim_wrapper = dict(optimizer=dict(lr=3e-3))
 train_cfg = dict(val_interval=250)
 custom_hooks = [
     dict(type='PositionHook'),

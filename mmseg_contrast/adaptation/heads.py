@@ -175,7 +175,8 @@ class EncodingHead(PlainHead):
         return super().pieces(self.logits(outputs), target)
 
     def losses(self, features: Any, outputs: Any, previous: Any,
-               target: Target) -> dict[str, Tensor]:  # noqa: D102
+               target: Target) -> dict[str, Tensor]:
+        """See :meth:`PlainHead.losses`; adds the image-level one."""
         result = super().losses(features, outputs, previous, target)
         if not self.head.use_se_loss:
             return result

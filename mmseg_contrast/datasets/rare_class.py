@@ -203,7 +203,7 @@ class RareClassDraw:
         for label in np.flatnonzero(counts.sum(axis=0)):
             usable = np.flatnonzero(counts[:, label] > needed)
             if len(usable) == 0:
-                self._refuse(counts[:, label], sizes, classes[label])
+                self._refuse(counts[:, label], sizes, classes[int(label)])
             pairs.append(
                 np.stack([usable, np.full(len(usable), label)], axis=1))
             probabilities.append(

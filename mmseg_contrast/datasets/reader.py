@@ -73,11 +73,12 @@ class Reader:
             return dict(index=index)
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        results: dict | None = self.info(index)
+        results = self.info(index)
         for transform in self.loading:
-            results = self._apply(transform, results)
-            if results is None:
+            done = self._apply(transform, results)
+            if done is None:
                 return None
+            results = done
         if self._cache is not None:
             self._cache[index] = results
         return results
@@ -100,11 +101,12 @@ class Reader:
             return self._opaque_item(results['index'])
         if keep or self._cache is not None:
             results = copy.deepcopy(results)
-        item: dict | None = results
+        item = results
         for transform in self.rest:
-            item = self._apply(transform, item)
-            if item is None:
+            done = self._apply(transform, item)
+            if done is None:
                 return None
+            item = done
         return self._checked(item, results.get('img_path'))
 
     def load_labels(self, index: int) -> dict:
@@ -122,7 +124,7 @@ class Reader:
         results = self.info(index)
         for transform in self.loading:
             if isinstance(transform, (LoadAnnotations, MapLabelIds)):
-                results = self._apply(transform, results)
+                results = self._apply(transform, results) or results
         return results
 
     def _apply(self, transform: Any, results: dict) -> dict | None:

@@ -215,7 +215,7 @@ class Stream:
                 if not known:
                     readers.append(
                         Reader(part, self.name, self.labelled, cache))
-                    if isinstance(part, object) and is_plain(part):
+                    if is_plain(part):
                         check_files(
                             (part.get_data_info(i) for i in range(len(part))),
                             self.name, self.labelled)
@@ -264,7 +264,8 @@ class Stream:
                 f'`streams.{self.name}.rare_class` cannot look into a '
                 'dataset wrapper that makes its own items')
         return RareClassDraw.from_readers(
-            self.readers, self._items, self.classes, self.name, **options)
+            self.readers, self._items, self.classes or (), self.name,
+            **options)
 
     # -- drawing ----------------------------------------------------------
     def draw(self, seed: int, position: int, k: int) -> dict:
@@ -336,12 +337,13 @@ class Stream:
         results = reader.load(index)
         if results is None:
             return None
-        if label is None:
+        rare_class = self.rare_class
+        if label is None or rare_class is None:
             return reader.finish(results)
         packed = None
-        for _ in range(self.rare_class.max_recrops + 1):
+        for _ in range(rare_class.max_recrops + 1):
             packed = reader.finish(results, keep=True)
-            if packed is None or self.rare_class.accepts(
+            if packed is None or rare_class.accepts(
                     packed['data_samples'].gt_sem_seg.data, label):
                 break
         return packed

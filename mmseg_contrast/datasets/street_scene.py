@@ -8,6 +8,7 @@ share its statistics and differ in how it is lit and seen.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -468,7 +469,7 @@ def paint_image(scene: Scene, size: tuple[int, int], domain: str,
         [1.05, 1.0, 0.94])) * strength
     width, height = (s * _SUPERSAMPLING for s in size)
     scale = np.array([width / 256, height / 128]) * 16
-    image = np.empty((height, width, 3), dtype=np.uint8)
+    image: np.ndarray = np.empty((height, width, 3), dtype=np.uint8)
     glow = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     small = np.array([size[0] / 256, size[1] / 128]) * 16
     for shape in scene.shapes:
@@ -511,14 +512,14 @@ def _expose(image: np.ndarray, glow: np.ndarray, dusk: bool,
             random: np.random.RandomState) -> np.ndarray:
     """Texture, lights, blur and sensor noise."""
     height, width = image.shape[:2]
-    coarse = random.randint(0, 256, (height // 8, width // 8)).astype(
-        np.uint8)
+    coarse: np.ndarray = random.randint(
+        0, 256, (height // 8, width // 8)).astype(np.uint8)
     coarse = cv2.resize(
         coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     fine = random.randint(0, 256, (2, height, width, 3)).astype(np.float32)
     fine = (fine.sum(axis=0) - 255) / 104  # about unit variance
     mottled = (coarse.astype(np.float32) - 128) / 128
-    seen = image.astype(np.float32)
+    seen: Any = image.astype(np.float32)
     if not dusk:
         seen *= 1 + 0.035 * mottled[..., None]
         return np.clip(seen + 2.5 * fine, 0, 255).astype(np.uint8)

@@ -33,6 +33,8 @@ class FieldIoUMetric(IoUMetric):
         collect_device (str): 'cpu' or 'gpu', where ranks meet.
         output_dir (str, optional): Where predictions are written as PNG.
         format_only (bool): Only write predictions.
+        keep_results (bool): Set by mmseg's ``tools/test.py --out``; results
+            are always kept.
 
     Raises:
         ValueError: If a sample lacks the field.
@@ -48,7 +50,8 @@ class FieldIoUMetric(IoUMetric):
                  beta: int = 1,
                  collect_device: str = 'cpu',
                  output_dir: str | None = None,
-                 format_only: bool = False) -> None:
+                 format_only: bool = False,
+                 keep_results: bool = True) -> None:
         if not isinstance(iou_metrics, str):
             iou_metrics = list(iou_metrics)
         super().__init__(

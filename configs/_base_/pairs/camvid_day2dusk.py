@@ -1,11 +1,11 @@
 # CamVid by day to CamVid at dusk: one city, one camera; light alone differs.
-classes = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'signsymbol',
-           'fence', 'car', 'pedestrian', 'bicyclist')
-palette = [[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128],
-           [60, 40, 222], [128, 128, 0], [192, 128, 128], [64, 64, 128],
-           [64, 0, 128], [64, 64, 0], [0, 128, 192]]
-metainfo = dict(classes=classes, palette=palette)
-source_pipeline = [
+pair_classes = ('sky', 'building', 'pole', 'road', 'pavement', 'tree',
+                'signsymbol', 'fence', 'car', 'pedestrian', 'bicyclist')
+pair_palette = [[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128],
+                [60, 40, 222], [128, 128, 0], [192, 128, 128], [64, 64, 128],
+                [64, 0, 128], [64, 64, 0], [0, 128, 192]]
+pair_metainfo = dict(classes=pair_classes, palette=pair_palette)
+pair_source_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 1.5),
@@ -14,7 +14,7 @@ source_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackStreamInputs'),
 ]
-target_pipeline = [
+pair_target_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 1.5),
          keep_ratio=True),
@@ -22,23 +22,23 @@ target_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackStreamInputs'),
 ]
-test_pipeline = [
+pair_test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
-source = dict(
+pair_source = dict(
     type='BaseSegDataset',
-    metainfo=metainfo,
+    metainfo=pair_metainfo,
     data_root='data/camvid11_day',
     data_prefix=dict(img_path='img_dir/train', seg_map_path='ann_dir/train'),
-    pipeline=source_pipeline)
-target = dict(
+    pipeline=pair_source_pipeline)
+pair_target = dict(
     type='BaseSegDataset',
-    metainfo=metainfo,
+    metainfo=pair_metainfo,
     data_root='data/camvid11_dusk',
     data_prefix=dict(img_path='img_dir/train'),
-    pipeline=target_pipeline)
+    pipeline=pair_target_pipeline)
 pair = dict(
     num_classes=11,
     train_dataloader=dict(
@@ -49,16 +49,17 @@ pair = dict(
         dataset=dict(
             type='StreamDataset',
             streams=dict(
-                source=dict(dataset=source, labelled=True, cache=True),
-                target=dict(dataset=target, labelled=False, cache=True)))),
+                source=dict(dataset=pair_source, labelled=True, cache=True),
+                target=dict(
+                    dataset=pair_target, labelled=False, cache=True)))),
     test_dataloader=dict(
         batch_size=1,
         num_workers=1,
         sampler=dict(type='DefaultSampler', shuffle=False),
         dataset=dict(
             type='BaseSegDataset',
-            metainfo=metainfo,
+            metainfo=pair_metainfo,
             data_root='data/camvid11_dusk',
             data_prefix=dict(
                 img_path='img_dir/test', seg_map_path='ann_dir/test'),
-            pipeline=test_pipeline)))
+            pipeline=pair_test_pipeline)))

@@ -1,5 +1,5 @@
 # The embedded streets, by day and at dusk. No files needed.
-source_pipeline = [
+pair_source_pipeline = [
     dict(type='LoadSyntheticImage'),
     dict(type='LoadSyntheticLabels'),
     dict(type='RandomResize', scale=(256, 128), ratio_range=(1.0, 1.5),
@@ -8,7 +8,7 @@ source_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackStreamInputs'),
 ]
-target_pipeline = [
+pair_target_pipeline = [
     dict(type='LoadSyntheticImage'),
     dict(type='RandomResize', scale=(256, 128), ratio_range=(1.0, 1.5),
          keep_ratio=True),
@@ -16,7 +16,7 @@ target_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackStreamInputs'),
 ]
-test_pipeline = [
+pair_test_pipeline = [
     dict(type='LoadSyntheticImage'),
     dict(type='LoadSyntheticLabels'),
     dict(type='PackSegInputs'),
@@ -35,14 +35,15 @@ pair = dict(
                     dataset=dict(
                         type='SyntheticStreets',
                         domain='source',
-                        pipeline=source_pipeline),
+                        pipeline=pair_source_pipeline),
                     labelled=True,
+                    rare_class=dict(temperature=0.05, min_pixels=0.003),
                     cache=True),
                 target=dict(
                     dataset=dict(
                         type='SyntheticStreets',
                         domain='target',
-                        pipeline=target_pipeline),
+                        pipeline=pair_target_pipeline),
                     labelled=False,
                     cache=True)))),
     test_dataloader=dict(
@@ -54,4 +55,4 @@ pair = dict(
             type='SyntheticStreets',
             domain='target',
             split='val',
-            pipeline=test_pipeline)))
+            pipeline=pair_test_pipeline)))

@@ -17,6 +17,7 @@ model = dict(
     **_base_.uda)
 train_dataloader = _base_.pair.train_dataloader
 val_dataloader = test_dataloader = _base_.pair.test_dataloader
+test_pipeline = test_dataloader.dataset.pipeline
 val_evaluator = test_evaluator = [
     dict(type='FieldIoUMetric'),
     dict(type='FieldIoUMetric', field='teacher_pred_sem_seg',

@@ -57,7 +57,7 @@ class PositionHook(Hook):
                 f"'IterBasedTrainLoop', ...), it is {type(loop).__name__}")
         seed = _seed(runner)
         new_seed = seed is not None and seed != sampler.seed
-        if new_seed:
+        if seed is not None and new_seed:
             sampler.set_seed(seed)
         if runner.iter > 0 or new_seed:
             sampler.skip(runner.iter * _batch_size(loader))

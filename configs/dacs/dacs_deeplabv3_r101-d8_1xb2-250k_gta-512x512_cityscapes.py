@@ -1,0 +1,21 @@
+_base_ = [
+    '../_base_/default_runtime.py',
+    '../_base_/models/deeplabv3_r101-d8.py',
+    '../_base_/schedules/sgd_250k.py',
+    '../_base_/pairs/gta2cityscapes.py',
+    '../_base_/uda/dacs.py',
+]
+model = dict(
+    _delete_=True,
+    type='UDASegmentor',
+    segmentor=_base_.model,
+    **_base_.uda)
+train_dataloader = _base_.pair.train_dataloader
+val_dataloader = test_dataloader = _base_.pair.test_dataloader
+test_pipeline = test_dataloader.dataset.pipeline
+val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
+custom_hooks = [
+    dict(type='PositionHook'),
+    dict(type='UDAVisualizationHook', interval=1000),
+    dict(type='PseudoLabelHealthHook'),
+]

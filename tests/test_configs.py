@@ -1,0 +1,83 @@
+"""Every shipped config is built; the README's example too."""
+
+import ast
+import re
+from pathlib import Path
+
+import mmseg
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import build_from_cfg
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
+
+from helpers import sample
+from mmseg_contrast.adaptation import UDASegmentor
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path for path in (ROOT / 'configs').rglob('*.py')
+                 if '_base_' not in path.parts)
+NAMES = [str(path.relative_to(ROOT / 'configs')) for path in SHIPPED]
+
+
+def test_configs_are_found():
+    assert len(SHIPPED) >= 11
+    assert {name.split('/')[0] for name in NAMES} >= {
+        'quickstart', 'dacs', 'benchmarks'}
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
+def test_a_shipped_config_builds_and_takes_a_step(path):
+    cfg = Config.fromfile(path)
+    model = MODELS.build(cfg.model)
+    assert isinstance(model, UDASegmentor)
+    streams = cfg.train_dataloader.dataset.streams
+    for name, options in streams.items():
+        assert DATASETS.get(options.dataset.type), name
+        kinds = [step.type for step in options.dataset.pipeline]
+        loads = any('Annotations' in k or 'Labels' in k for k in kinds)
+        assert loads is options.labelled
+    assert cfg.train_dataloader.sampler.type == 'PositionSampler'
+    for hook in cfg.custom_hooks:
+        build_from_cfg(hook, HOOKS)
+    evaluators = cfg.val_evaluator
+    for metric in evaluators if isinstance(evaluators, list) else [
+            evaluators]:
+        METRICS.build(metric)
+    assert model.num_classes == cfg.pair.num_classes
+    side = 64
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, model.num_classes, (2, side, side),
+                           generator=gen)
+    images = torch.randn(2, 3, side, side, generator=gen)
+    losses = model.train()(
+        dict(source=images, target=images.flip(0)),
+        dict(source=[sample(one, (side, side)) for one in labels],
+             target=[sample(None, (side, side))] * 2), mode='loss')
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert sum('loss' in key for key in losses) >= 2
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
+def test_a_shipped_config_is_short(path):
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    assert len(lines) <= 35
+
+
+def test_the_example_of_the_readme_wraps_a_stock_config(tmp_path):
+    readme = (ROOT / 'README.md').read_text()
+    example = next(block for block in re.findall(
+        r'```python\n(.*?)```', readme, re.S) if '_base_' in block)
+    ast.parse(example)
+    assert len([line for line in example.splitlines() if line]) <= 25
+    stock = (Path(mmseg.__file__).parent / '.mim' / 'configs' / 'segformer' /
+             'segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py')
+    example = example.replace('configs/', f'{ROOT}/configs/')
+    example = example.replace('my_stock_mmseg_config.py', str(stock))
+    path = tmp_path / 'my_uda_config.py'
+    path.write_text(example)
+    cfg = Config.fromfile(path)
+    model = MODELS.build(cfg.model)
+    assert type(model.backbone).__name__ == 'MixVisionTransformer'
+    assert cfg.train_dataloader.dataset.type == 'StreamDataset'
+    assert cfg.optim_wrapper.constructor == 'UDAOptimWrapperConstructor'
