@@ -257,3 +257,27 @@ def test_curves_of_mmengine_logs(tmp_path):
     assert (tmp_path / 'x' / 'curve.png').stat().st_size > 1_000
     with pytest.raises(ValueError, match='1 scalars.json files but 2 labels'):
         plot_curves([path], ['a', 'b'], tmp_path / 'no.png')
+
+
+def test_the_readme_gets_the_short_table(suite, tmp_path):
+    readme = tmp_path / 'README.md'
+    readme.write_text('\n'.join(
+        ['before', suite.README_MARKS[0], 'old', suite.README_MARKS[1],
+         'after']))
+
+    def result(value):
+        return dict(mIoU=value, teacher=dict(mIoU=value + 1))
+
+    suite.update_readme(readme, dict(pair=dict(
+        source_only={0: result(30.), 1: result(32.)},
+        dacs={0: result(35.), 1: result(36.)})))
+    text = readme.read_text()
+    assert 'old' not in text
+    assert text.startswith('before\n') and text.endswith('after')
+    assert '| pair | dacs | 2 | 35.50 ± 0.71 | 36.50 ± 0.71 | +4.50 ' in text
+    once = text
+    suite.update_readme(readme, dict(pair=dict(
+        source_only={0: result(30.), 1: result(32.)},
+        dacs={0: result(35.), 1: result(36.)})))
+    assert readme.read_text() == once
+    suite.update_readme(tmp_path / 'missing.md', {})

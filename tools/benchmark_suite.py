@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package of this tree, installed or not
 
 BASELINE = 'source_only'
+README_MARKS = ('<!-- results: written by tools/benchmark_suite.py -->',
+                '<!-- /results -->')
 THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS',
                     'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS')
 DISTRIBUTIONS = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmcv-lite',
@@ -523,21 +525,26 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def difference_text(methods: dict[str, dict[int, dict[str, Any]]],
+                    method: str) -> str:
+    """Paired difference to the baseline with its interval, as text."""
+    baseline = student_scores(methods.get(BASELINE, {}))
+    if method == BASELINE or not baseline:
+        return '–'
+    mean, low, high, count = paired_difference(
+        student_scores(methods[method]), baseline)
+    if not count:
+        return '–'
+    interval = '' if low is None else f' [{low:+.2f}, {high:+.2f}]'
+    return f'{mean:+.2f}{interval}'
+
+
 def summary_table(methods: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """One line per method: mIoU, difference to the baseline, cost."""
-    baseline = student_scores(methods.get(BASELINE, {}))
     rows = []
     for method, seeds in methods.items():
         results = list(seeds.values())
         teacher = [r['teacher']['mIoU'] for r in results if r['teacher']]
-        difference = '–'
-        if method != BASELINE and baseline:
-            mean, low, high, count = paired_difference(
-                student_scores(seeds), baseline)
-            if count:
-                difference = f'{mean:+.2f}'
-            if low is not None:
-                difference += f' [{low:+.2f}, {high:+.2f}]'
         times = [r['sec_per_iter'] for r in results if r['sec_per_iter']]
         cuda = [r['cuda_memory_mb'] for r in results if r['cuda_memory_mb']]
         memory = f'{max(r["peak_memory_mb"] for r in results):.0f}'
@@ -545,7 +552,8 @@ def summary_table(methods: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
             memory += f' (GPU {max(cuda):.0f})'
         rows.append([
             method, ', '.join(str(s) for s in sorted(seeds)),
-            spread([r['mIoU'] for r in results]), spread(teacher), difference,
+            spread([r['mIoU'] for r in results]), spread(teacher),
+            difference_text(methods, method),
             f'{statistics.median(times):.3f}' if times else '–', memory
         ])
     return table([
@@ -608,7 +616,7 @@ def report(results: Results, plots: dict[str, list[str]]) -> str:
         '# Benchmarks', '',
         '<!-- Made by tools/benchmark_suite.py --report-only. Edits get lost. '
         '-->', '',
-        'mIoU in percent on the validation set of the target, at the last '
+        'mIoU in percent on the test set of the target, at the last '
         'iteration. Mean ± standard deviation over seeds; the difference is '
         'paired by seed, with the 95% interval of a bootstrap over seeds '
         '(10,000 resamples). Made from the JSON files under '
@@ -692,6 +700,37 @@ def plot_pair(methods: dict[str, dict[int, dict[str, Any]]], pair: str,
     figure.savefig(path, metadata={'Software': None})
 
 
+def short_table(results: Results) -> list[str]:
+    """One line per pair and method, for a README."""
+    rows = []
+    for pair, methods in results.items():
+        for method, seeds in methods.items():
+            teacher = [r['teacher']['mIoU'] for r in seeds.values()
+                       if r['teacher']]
+            rows.append([
+                pair, method, str(len(seeds)),
+                spread(list(student_scores(seeds).values())),
+                spread(teacher), difference_text(methods, method)])
+    return table(['Pair', 'Method', 'Seeds', 'Student mIoU', 'Teacher mIoU',
+                  f'Difference to {BASELINE}'], rows)
+
+
+def update_readme(readme: Path, results: Results) -> None:
+    """Replace what stands between the README's two result marks.
+
+    Args:
+        readme (Path): Left alone if it is missing or has no marks.
+        results (dict): ``results[pair][method][seed]``.
+    """
+    if not readme.is_file():
+        return
+    head, begin, rest = readme.read_text().partition(README_MARKS[0])
+    _, end, tail = rest.partition(README_MARKS[1])
+    if end:
+        lines = '\n'.join(short_table(results))
+        readme.write_text(f'{head}{begin}\n{lines}\n{end}{tail}')
+
+
 def write_report(results_dir: Path) -> Path:
     """Write report and plots from ``<results_dir>/results``."""
     from mmseg_contrast.engine.curves import draw_curves
@@ -714,6 +753,7 @@ def write_report(results_dir: Path) -> Path:
         plots[pair] = [f'{results_dir.name}/{p.name}' for p in pictures]
     path = results_dir.with_name(results_dir.name + '.md')
     path.write_text(report(results, plots))
+    update_readme(results_dir.parent.parent / 'README.md', results)
     return path
 
 
