@@ -18,10 +18,9 @@ train_dataloader = _base_.pair.train_dataloader
 val_dataloader = test_dataloader = _base_.pair.test_dataloader
 test_pipeline = test_dataloader.dataset.pipeline
 val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
-optim_wrapper = dict(optimizer=dict(lr=3e-3))
-train_cfg = dict(val_interval=250)
+train_cfg = dict(val_interval=300)
 custom_hooks = [
     dict(type='PositionHook'),
-    dict(type='UDAVisualizationHook', interval=250),
+    dict(type='UDAVisualizationHook', interval=300),
     dict(type='PseudoLabelHealthHook'),
 ]

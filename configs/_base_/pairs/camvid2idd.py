@@ -50,7 +50,11 @@ pair = dict(
         dataset=dict(
             type='StreamDataset',
             streams=dict(
-                source=dict(dataset=pair_source, labelled=True, cache=True),
+                source=dict(
+                    dataset=pair_source,
+                    labelled=True,
+                    rare_class=dict(temperature=0.05, min_pixels=0.005),
+                    cache=True),
                 target=dict(
                     dataset=pair_target, labelled=False, cache=True)))),
     test_dataloader=dict(
