@@ -210,6 +210,49 @@ def test_stochastic_layers_are_off_in_the_teacher():
     assert not any(part.training for part in teacher.modules())
 
 
+def test_sync_norms_that_runner_replaces_are_found():
+    from mmengine.model import revert_sync_batchnorm
+    student = tiny_student(norm_cfg=dict(type='SyncBN'))
+    model = revert_sync_batchnorm(build(student).eval()).train()
+    norms = [part for part in model.teachers['ema'].model.modules()
+             if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 3
+    assert all(norm.training and type(norm) is not nn.SyncBatchNorm
+               for norm in norms)
+
+
+def test_what_needs_precision_keeps_it_under_autocast():
+    model = build()
+    model.keep_step = True
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = run(model, batch())
+    step = model.last_step
+    assert step.student('source').logits.dtype == torch.bfloat16
+    assert step.view('mixed_strong').images.dtype == torch.float32
+    assert step.teacher('ema', 'target').dtype == torch.float32
+    pseudo = step.pseudo_labels['target']
+    assert pseudo.weights.dtype == pseudo.confidence.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for key, value in losses.items()
+               if 'loss' in key)
+    assert all(p.dtype == torch.float32
+               for p in model.teachers.parameters())
+
+
+def test_a_conversion_moves_teacher_and_student_together():
+    model = build()
+    run(model, batch())
+    model.double()
+    with torch.no_grad():
+        for p in model.segmentor.parameters():
+            p.add_(1.)
+    before = [p.clone() for p in model.teachers['ema'].model.parameters()]
+    model.teachers['ema'].update(model.segmentor)
+    for old, new, own in zip(
+            before, model.teachers['ema'].model.parameters(),
+            model.segmentor.parameters(), strict=True):
+        torch.testing.assert_close(new, .5 * old + .5 * own)
+
+
 def test_batch_norm_of_the_teacher():
     data = batch()
     for mode in ('batch', 'ema'):

@@ -124,7 +124,6 @@ model = runner.model.module
 step = model.last_step
 torch.save(dict(
     state={k: v for k, v in model.state_dict().items()},
-    running={k for k, _ in model.named_buffers()},
     origin=step.view('mixed').extras['origin'],
     source=step.view('source').images,
     q=step.pseudo_labels['target'].parts[0][0],
@@ -143,16 +142,16 @@ def test_two_ranks_agree_on_weights_and_differ_in_draws(tmp_path):
             options[key] = eval(value)
         except NameError:
             options[key] = value
-    options['custom_hooks'] = [dict(type='PositionHook')]
+    options['custom_hooks'] = [dict(type='PositionHook'),
+                               dict(type='NormSyncHook')]
     tool(script, CONFIG, tmp_path, repr(options), launcher=(
         '-m', 'torch.distributed.run', '--nproc_per_node=2',
         '--master_port=29611'))
     one, two = (torch.load(tmp_path / f'rank{r}.pth', weights_only=True)
                 for r in range(2))
-    statistics = ('running_mean', 'running_var')
+    # Student, teacher, and (after NormSyncHook) batch-norm statistics.
     for key, value in one['state'].items():
-        if not key.endswith(statistics):
-            assert torch.equal(two['state'][key], value), key
+        assert torch.equal(two['state'][key], value), key
     assert not torch.equal(one['source'], two['source'])
     assert not torch.equal(one['origin'], two['origin'])
     # The pseudo-labels' weight is the mean over both ranks.

@@ -16,6 +16,7 @@ test_pipeline = test_dataloader.dataset.pipeline
 val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
 custom_hooks = [
     dict(type='PositionHook'),
+    dict(type='NormSyncHook'),
     dict(type='UDAVisualizationHook', interval=1000),
     dict(type='PseudoLabelHealthHook'),
 ]

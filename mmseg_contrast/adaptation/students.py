@@ -78,8 +78,7 @@ class StudentAdapter:
                     for i, one in enumerate(head)}
             else:
                 self.auxiliary = {'aux': adapt_head(head, key, train_cfg)}
-        self._norms = [m for m in segmentor.modules()
-                       if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms: list[nn.Module] | None = None
 
     @property
     def folding_heads(self) -> list[str]:
@@ -103,6 +102,10 @@ class StudentAdapter:
     @contextmanager
     def batch_norm(self, update: bool) -> Iterator[None]:
         """Record batch statistics inside the block, or leave them alone."""
+        if self._norms is None:
+            # Not in the constructor: Runner replaces SyncBN after it.
+            self._norms = [m for m in self.segmentor.modules()
+                           if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         tracked = [] if update else [
             norm for norm in self._norms if norm.track_running_stats]
         for norm in tracked:

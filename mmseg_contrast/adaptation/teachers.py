@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from mmseg.registry import MODELS
@@ -20,8 +21,8 @@ class EMATeacher(nn.Module):
 
     Tarvainen and Valpola, 2017, with the annealing of DACS and DAFormer:
     ``alpha_t = min(1 - 1 / (t + 1), alpha)``, updated at the start of each
-    iteration; the first update is a copy. Dropout and stochastic depth are
-    off.
+    iteration (with gradient accumulation: of each micro-step); the first
+    update is a copy. Dropout and stochastic depth are off.
 
     Args:
         student (nn.Module): The segmentor to copy.
@@ -51,9 +52,8 @@ class EMATeacher(nn.Module):
         self.batch_norm = batch_norm
         self.steps = Clock()
         self.model = copy.deepcopy(student).requires_grad_(False)
-        self._norms = [m for m in self.model.modules()
-                       if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._mode: bool | None = None
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         self.train(False)
 
     def init_weights(self) -> None:
@@ -67,9 +67,15 @@ class EMATeacher(nn.Module):
         self._mode = mode
         self.model.eval()
         if mode and self.batch_norm == 'batch':
-            for norm in self._norms:
-                norm.train()
+            # Looked up now: Runner may have replaced SyncBN since.
+            for part in self.model.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.train()
         return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> EMATeacher:
+        self._pairs = None
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> float:
@@ -83,8 +89,10 @@ class EMATeacher(nn.Module):
         """
         step = self.steps.now()
         alpha = annealed_alpha(step, self.alpha)
-        ema_update(list(self.model.parameters()), list(student.parameters()),
-                   alpha)
+        if self._pairs is None:
+            self._pairs = (list(self.model.parameters()),
+                           list(student.parameters()))
+        ema_update(*self._pairs, alpha)
         if self.batch_norm == 'ema':
             self._average_buffers(student, alpha)
         self.steps.tick()

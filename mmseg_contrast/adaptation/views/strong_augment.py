@@ -103,6 +103,12 @@ class StrongAugment(nn.Module):
         Returns:
             Tensor: Normalised, ``(N, 3, H, W)``.
         """
+        # A blur in half precision would be no longer the drawn one.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._augment(images.float(), draws)
+
+    def _augment(self, images: Tensor, draws: dict[str, Tensor | bool]
+                 ) -> Tensor:
         def there(value: Tensor) -> Tensor:
             return value.to(images.device, non_blocking=True)
 
