@@ -272,3 +272,18 @@ def test_frozen_parameters_leave_with_their_names():
     assert describe_groups(optimizer).splitlines()[2].split() == [
         '1', '0', '2', '3'
     ]
+
+
+def test_stock_layer_decay_on_the_wrapper_is_refused():
+    from mmseg_contrast.engine.optimizer import refuse_layer_decay_on_wrapper
+    wrapped = nn.ModuleDict(dict(segmentor=nn.Linear(1, 1)))
+    wrapped.segmentor = wrapped['segmentor']
+    cfg = dict(optim_wrapper=dict(
+        constructor='LayerDecayOptimizerConstructor'))
+    with pytest.raises(ValueError, match='base_constructor'):
+        refuse_layer_decay_on_wrapper(cfg, wrapped)
+    refuse_layer_decay_on_wrapper(cfg, nn.Linear(1, 1))
+    refuse_layer_decay_on_wrapper({}, wrapped)
+    refuse_layer_decay_on_wrapper(
+        dict(optim_wrapper=dict(constructor='UDAOptimWrapperConstructor')),
+        wrapped)

@@ -124,3 +124,7 @@ def test_format_only_writes_the_field(tmp_path):
     expected = sample['teacher_pred_sem_seg']['data'][0].numpy()
     assert (written == expected).all()
     assert metric.compute_metrics([]) == {}
+
+
+def test_the_key_that_stock_tools_set_with_out_is_known():
+    assert METRICS.build(dict(type='FieldIoUMetric', keep_results=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -173,3 +174,25 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_comparable(item) for item in value)
     return value
+
+
+def refuse_layer_decay_on_wrapper(cfg: Mapping, model: nn.Module) -> None:
+    """Stock layer decay finds no layer behind the student's prefix.
+
+    It would train with one rate for all layers, and say nothing.
+
+    Args:
+        cfg (Mapping): Config of the run.
+        model (nn.Module): The model, wrapped or not.
+
+    Raises:
+        ValueError: If the config combines the two.
+    """
+    if is_model_wrapper(model):
+        model = model.module
+    constructor = str((cfg.get('optim_wrapper') or {}).get('constructor', ''))
+    if hasattr(model, 'segmentor') and 'Decay' in constructor:
+        raise ValueError(
+            f"optim_wrapper.constructor = '{constructor}' does not find the "
+            "student's layers: set constructor='UDAOptimWrapperConstructor' "
+            f"and base_constructor='{constructor}'.")

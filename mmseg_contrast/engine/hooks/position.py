@@ -12,6 +12,7 @@ from mmseg.registry import HOOKS
 from torch.utils.data import DataLoader
 
 from ...datasets import PositionSampler, StreamDataset
+from ..optimizer import refuse_layer_decay_on_wrapper
 
 
 @HOOKS.register_module()
@@ -39,8 +40,10 @@ class PositionHook(Hook):
 
         Raises:
             ValueError: If streams are combined with another sampler or
-                another train loop.
+                another train loop, or a wrapped student with a stock
+                layer-decay constructor.
         """
+        refuse_layer_decay_on_wrapper(runner.cfg, runner.model)
         loop = runner.train_loop
         loader = runner.train_dataloader
         if not isinstance(loader.dataset, StreamDataset):
