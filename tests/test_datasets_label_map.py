@@ -19,7 +19,7 @@ def test_table():
     assert table[255] == 255 and set(table[5:255]) == {-1}
     same = LabelMap(TARGET, {'autorickshaw': 'vehicle', 'rider': 'person'},
                     ignore=['static'])
-    assert np.array_equal(table, same.table(OWN, 'source'))
+    assert np.array_equal(table, same.table(OWN, 'streams.source'))
 
 
 def test_words():
@@ -45,7 +45,7 @@ def test_palette():
     (lambda: LabelMap(('a', 'a')), 'label_map.classes'),
     (lambda: LabelMap(TARGET, {'rider': 'human'}), "'human'"),
     (lambda: LabelMap(TARGET, palette=[[0, 0, 0]]), 'label_map.palette'),
-    (lambda: LabelMap(TARGET).table(OWN, 'source'),
+    (lambda: LabelMap(TARGET).table(OWN, 'streams.source'),
      r"\['autorickshaw', 'rider', 'static'\].*streams.source.label_map"),
 ])
 def test_refusals(make, texts):
@@ -134,3 +134,26 @@ def test_brings_streams_together(tmp_path):
         target=dict(labelled=False, dataset=other, label_map=dict(
             classes=CLASSES, mapping=dict(lorry='car')))))
     assert 'gt_sem_seg' not in dataset[0]['data_samples']['target']
+
+
+def test_a_dataset_for_validation_is_mapped_too(tmp_path):
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import DATASETS
+    init_default_scope('mmseg')
+    labels = np.array([[0, 1, 2], [2, 2, 255]], np.uint8)
+    root = write_folder(tmp_path / 'a', 1, labels=[labels])
+    plain = folder(root, files_pipeline())
+    classes = tuple(plain['metainfo']['classes'])
+    merged = dict(classes=('x', 'y'),
+                  mapping={c: 'y' if i == 2 else 'x'
+                           for i, c in enumerate(classes)})
+    mapped = DATASETS.build(dict(
+        type='MappedDataset', dataset=plain, label_map=merged))
+    assert len(mapped) == 1 and mapped.metainfo['classes'] == ('x', 'y')
+    assert len(mapped.metainfo['palette']) == 2
+    got = mapped[0]['data_samples'].gt_sem_seg.data[0].numpy()
+    want = np.where(labels == 255, 255, (labels == 2).astype(int))
+    assert np.array_equal(got, want)
+    with pytest.raises(ValueError, match='MappedDataset.label_map.mapping'):
+        DATASETS.build(dict(type='MappedDataset', dataset=plain,
+                            label_map=dict(classes=('x', ))))

@@ -2,25 +2,26 @@
 
 from .class_stats import class_statistics
 from .label_map import LabelMap
+from .mapped import MappedDataset
 from .rare_class import RareClassDraw, rare_class_probabilities
 from .sampler import PositionSampler
 from .stream import Stream
 from .streams import StreamDataset
 from .synthetic import (
-                        LoadSyntheticImage,
-                        LoadSyntheticLabels,
-                        SyntheticStreets,
+    LoadSyntheticImage,
+    LoadSyntheticLabels,
+    SyntheticStreets,
 )
 from .transforms import (
-                        MapLabelIds,
-                        MarkValidRegion,
-                        PackStreamInputs,
-                        PadValidRegion,
+    MapLabelIds,
+    MarkValidRegion,
+    PackStreamInputs,
+    PadValidRegion,
 )
 
 __all__ = [
     'LabelMap', 'LoadSyntheticImage', 'LoadSyntheticLabels', 'MapLabelIds',
-    'MarkValidRegion', 'PackStreamInputs', 'PadValidRegion',
+    'MappedDataset', 'MarkValidRegion', 'PackStreamInputs', 'PadValidRegion',
     'PositionSampler', 'RareClassDraw', 'Stream', 'StreamDataset',
     'SyntheticStreets', 'class_statistics', 'rare_class_probabilities'
 ]

@@ -74,12 +74,12 @@ class LabelMap:
             return name
         raise KeyError(name)
 
-    def table(self, names: Sequence[str], stream: str) -> np.ndarray:
+    def table(self, names: Sequence[str], where: str) -> np.ndarray:
         """New id of every id of a dataset.
 
         Args:
             names (sequence[str]): The dataset's own classes.
-            stream (str): Name of the stream, for the message.
+            where (str): Config key of the dataset or stream, for messages.
 
         Returns:
             np.ndarray: int16 ``(256,)``; 255 is ignored, -1 must not occur.
@@ -91,8 +91,8 @@ class LabelMap:
                    if n not in self.mapping and n not in self.classes]
         if missing:
             raise ValueError(
-                f'stream {stream!r}: {missing} have no counterpart in '
-                f'{list(self.classes)}: add them to `streams.{stream}.'
+                f'`{where}`: {missing} have no counterpart in '
+                f'{list(self.classes)}: add them to `{where}.'
                 'label_map.mapping`, with None for those to ignore')
         table = identity_table(len(names))
         for i, name in enumerate(names):
@@ -101,12 +101,12 @@ class LabelMap:
                         else self.classes.index(target))
         return table
 
-    def check_keys(self, names: Sequence[str], stream: str) -> None:
+    def check_keys(self, names: Sequence[str], where: str) -> None:
         """Refuse entries for classes that no dataset of the stream has.
 
         Args:
             names (sequence[str]): The classes of all its datasets.
-            stream (str): Name of the stream, for the message.
+            where (str): Config key of the dataset or stream, for messages.
 
         Raises:
             ValueError: If the mapping has such an entry.
@@ -114,8 +114,8 @@ class LabelMap:
         unknown = sorted(set(self.mapping) - set(names))
         if unknown:
             raise ValueError(
-                f'`streams.{stream}.label_map.mapping` names {unknown}, but '
-                f'the classes of that stream are {list(names)}')
+                f'`{where}.label_map.mapping` names {unknown}, but its '
+                f'classes are {list(names)}')
 
     def colours(self, names: Sequence[str],
                 palette: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -143,12 +143,12 @@ class LabelMap:
             for i, c in enumerate(self.classes)
         ]
 
-    def describe(self, names: Sequence[str], stream: str) -> str:
+    def describe(self, names: Sequence[str], where: str) -> str:
         """What goes where, as a small table.
 
         Args:
             names (sequence[str]): The dataset's own classes.
-            stream (str): Name of the stream.
+            where (str): Config key of the dataset or stream.
 
         Returns:
             str: One line for every class of the run, one for the ignored.
@@ -157,7 +157,7 @@ class LabelMap:
         for name in names:
             sources.setdefault(self.target(name), []).append(name)
         width = max(len(c) for c in self.classes)
-        lines = [f'label map of stream {stream!r} (own classes -> class):']
+        lines = [f'label map of {where} (own classes -> class):']
         for i, name in enumerate(self.classes):
             own = ', '.join(sources.get(name, ['-']))
             lines.append(f'  {i:3d} {name:<{width}} <- {own}')
@@ -183,14 +183,14 @@ class LabelMap:
         given = {self.target(n) for n in names}
         return [c for c in self.classes if c not in given]
 
-    def log(self, names: Sequence[str], stream: str) -> None:
+    def log(self, names: Sequence[str], where: str) -> None:
         """Print the table once, to the current log.
 
         Args:
             names (sequence[str]): The dataset's own classes.
-            stream (str): Name of the stream.
+            where (str): Config key of the dataset or stream.
         """
-        print_log(self.describe(names, stream), logger='current')
+        print_log(self.describe(names, where), logger='current')
 
 
 def identity_table(num_classes: int, ignore_index: int = IGNORED

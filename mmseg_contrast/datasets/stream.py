@@ -159,11 +159,12 @@ class Stream:
         self.classes: tuple[str, ...] | None
         self.palette: list | None
         if label_map is not None:
+            where = f'streams.{self.name}'
             everything = list(dict.fromkeys(c for n in declared for c in n))
-            label_map.check_keys(everything, self.name)
+            label_map.check_keys(everything, where)
             for own in dict.fromkeys(declared):
-                label_map.table(own, self.name)
-                label_map.log(own, self.name)
+                label_map.table(own, where)
+                label_map.log(own, where)
             first = names.index(declared[0]) if declared else None
             own_palette = [] if first is None else metas[first].get('palette')
             self.classes = label_map.classes
@@ -200,7 +201,8 @@ class Stream:
                 table = identity_table(
                     len(own), getattr(dataset, 'ignore_index', 255))
             else:
-                table = self.label_map.table(own, self.name)
+                table = self.label_map.table(
+                    own, f'streams.{self.name}')
             insert_after_annotations(
                 dataset, MapLabelIds(table, self.name, len(own)))
 
