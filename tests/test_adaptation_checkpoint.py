@@ -112,6 +112,16 @@ def test_a_deep_copy_is_a_model_of_its_own():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_that_keeps_a_step_can_be_copied():
+    model = build()
+    model.keep_step = True
+    run(model, batch())
+    assert model.last_step is not None
+    assert copy.deepcopy(model).last_step is None
+    model.eval()
+    assert model.last_step is None
+
+
 def test_stock_init_and_inference(tmp_path):
     import numpy as np
     from mmengine.config import Config

@@ -101,6 +101,70 @@ def test_a_part_without_labels_costs_nothing():
     assert value == 0 and (logits.grad == 0).all()
 
 
+@pytest.mark.parametrize('config', [
+    dict(type='LovaszLoss', reduction='none'), dict(type='DiceLoss'),
+    dict(type='TverskyLoss'), dict(type='OhemCrossEntropy'),
+    dict(type='CrossEntropyLoss'),
+    dict(type='CrossEntropyLoss', avg_non_ignore=True)])
+@pytest.mark.parametrize('case', ['ignored', 'single', 'unsure'])
+def test_degenerate_batches_are_finite_with_any_loss(config, case):
+    parts = dacs_parts(pseudo_labels=dict(target=dict(
+        type='ConfidentFraction',
+        threshold=1.0 if case == 'unsure' else 0.3)))
+    model = build(tiny_student(loss_decode=config), **parts)
+    data = batch()
+    for one in data['data_samples']['source']:
+        if case != 'unsure':
+            one.gt_sem_seg.data.fill_(255 if case == 'ignored' else 2)
+    losses = run(model, data)
+    value = sum(v for k, v in losses.items() if 'loss' in k)
+    assert value.dim() == 0 and torch.isfinite(value)
+    value.backward()
+    for p in model.segmentor.parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all()
+
+
+def test_a_loss_that_fails_on_an_unlabelled_image_is_refused():
+    with pytest.raises(ValueError, match='images without labels'):
+        build(tiny_student(loss_decode=dict(
+            type='LovaszLoss', per_image=True, reduction='mean')))
+
+
+def test_a_head_with_a_loss_of_its_own_runs_once():
+    from mmseg.models import FCNHead
+
+    calls = []
+
+    @MODELS.register_module(force=True)
+    class OwnLossHead(FCNHead):
+
+        def loss_by_feat(self, seg_logits, batch_data_samples):
+            labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
+            calls.append(labels)
+            logits = torch.nn.functional.interpolate(
+                seg_logits, labels.shape[-2:])
+            return dict(loss_own=torch.nn.functional.cross_entropy(
+                logits, labels, ignore_index=255), acc=torch.zeros(()))
+
+    student = tiny_student()
+    student['decode_head']['type'] = 'OwnLossHead'
+    model = build(student)
+    model.keep_step = True
+    losses = run(model, batch())
+    assert len(calls) == 2  # once for each view
+    assert not any('acc' in key for key in losses)
+    view = model.last_step.view('mixed_strong')
+    kept = (view.weights > 0) & (view.labels != 255)
+    assert torch.equal(calls[1] != 255, kept)
+    scale = view.weights[kept].mean()
+    output = model.last_step.student('mixed_strong')
+    logits = torch.nn.functional.interpolate(
+        model.segmentor.decode_head(output.features), (32, 32))
+    want = scale * torch.nn.functional.cross_entropy(
+        logits, calls[1], ignore_index=255)
+    torch.testing.assert_close(losses['mixed.decode.loss_own'], want)
+
+
 def test_weights_that_cannot_be_folded_are_an_error():
     with pytest.raises(ValueError, match='DiceLoss takes no weight map'):
         weighted_loss(loss(type='DiceLoss'), LOGITS, LABELS, WEIGHTS, None,

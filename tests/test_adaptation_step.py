@@ -7,7 +7,15 @@ import torch
 from mmseg.registry import MODELS
 from torch import nn
 
-from helpers import batch, build, dacs_parts, run, tiny_student, total
+from helpers import (
+    TinyBackbone,
+    batch,
+    build,
+    dacs_parts,
+    run,
+    tiny_student,
+    total,
+)
 from mmseg_contrast.adaptation import segmentor as segmentor_module
 
 
@@ -219,6 +227,83 @@ def test_sync_norms_that_runner_replaces_are_found():
     assert len(norms) == 3
     assert all(norm.training and type(norm) is not nn.SyncBatchNorm
                for norm in norms)
+
+
+def test_norms_that_the_student_freezes_stay_frozen_in_the_teacher():
+    @MODELS.register_module(force=True)
+    class FrozenNorms(TinyBackbone):
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.layers[0][1].eval()
+            return self
+
+    student = tiny_student()
+    student['backbone'] = dict(type='FrozenNorms')
+    model = build(student)
+    layers = model.teachers['ema'].model.backbone.layers
+    assert not layers[0][1].training and layers[1][1].training
+
+
+def test_buffers_of_the_teacher_follow():
+    model = build()
+    student, teacher = model.segmentor, model.teachers['ema']
+    for net in (student, teacher.model):
+        net.register_buffer('bases', torch.zeros(3))
+    with torch.no_grad():
+        student.bases.fill_(5.)
+        student.backbone.layers[0][1].running_mean.fill_(7.)
+    # At first everything is the student's: it may have been pretrained.
+    teacher.update(student)
+    own = teacher.model.backbone.layers[0][1].running_mean
+    assert (own == 7).all() and (teacher.model.bases == 5).all()
+    with torch.no_grad():
+        student.bases.fill_(6.)
+        student.backbone.layers[0][1].running_mean.fill_(8.)
+    teacher.update(student)
+    # Then batch norm keeps its own statistics, other buffers follow.
+    assert (own == 7).all() and (teacher.model.bases == 6).all()
+
+
+def test_the_teacher_follows_replaced_parameters():
+    model = build()
+    teacher = model.teachers['ema']
+    teacher.update(model.segmentor)
+    state = {k: v + 1 if v.is_floating_point() else v
+             for k, v in model.segmentor.state_dict().items()}
+    model.segmentor.load_state_dict(state, assign=True)
+    before = teacher.model.decode_head.conv_seg.weight.clone()
+    teacher.update(model.segmentor)
+    torch.testing.assert_close(
+        teacher.model.decode_head.conv_seg.weight, before + .5)
+
+
+def test_two_policies_log_under_their_own_names():
+    parts = dacs_parts()
+    parts['pseudo_labels']['sure'] = dict(
+        type='ConfidentFraction', threshold=0.9)
+    parts['views']['other'] = dict(type='ClassMix', pseudo_label='sure')
+    parts['objectives']['other'] = dict(type='Segmentation', view='other')
+    losses = run(build(**parts), batch())
+    assert losses['sure.confident_ratio'] < losses['target.confident_ratio']
+
+
+def test_stock_segmentors_of_other_kinds_are_refused_by_name():
+    from mmseg.models import FCNHead, segmentors
+
+    from mmseg_contrast.adaptation.heads import adapt_head
+    from mmseg_contrast.adaptation.students import check_segmentor
+    for name in ('MultimodalEncoderDecoder', 'DepthEstimator'):
+        cls = getattr(segmentors, name)
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        with pytest.raises(ValueError, match=name):
+            check_segmentor(model)
+    for name in ('VPDDepthHead', 'SideAdapterCLIPHead'):
+        cls = type(name, (FCNHead, ), {})
+        head = cls.__new__(cls)
+        with pytest.raises(ValueError, match=name):
+            adapt_head(head, 'model.segmentor.decode_head')
 
 
 def test_what_needs_precision_keeps_it_under_autocast():

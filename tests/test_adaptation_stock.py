@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -61,11 +62,31 @@ def stock_model(path):
     """The config's model, without the download and without SyncBN."""
     cfg = Config.fromfile(CONFIGS / path, import_custom_modules=False)
     model = copy.deepcopy(cfg.model)
+    optimizer = copy.deepcopy(cfg.optim_wrapper)
     model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
     if 'beit' in path:
         # Its attention is made for one image size; 64 saves minutes.
         model.backbone.img_size = (64, 64)
-    return model
+    return model, optimizer
+
+
+def check_optimizer(model, config):
+    """The config's own optimizer: all of the student, nothing else."""
+    config.type = 'OptimWrapper'  # mixed precision needs a GPU
+    for key in ('dtype', 'loss_scale'):
+        config.pop(key, None)
+    if 'constructor' in config:
+        config.base_constructor = config.constructor
+    config.constructor = 'UDAOptimWrapperConstructor'
+    optimizer = build_optim_wrapper(model, config).optimizer
+    groups = optimizer.param_groups
+    ids = [id(p) for group in groups for p in group['params']]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in model.segmentor.parameters()
+                        if p.requires_grad}
+    rates = {group['lr'] for group in groups}
+    if 'Decay' in config.get('base_constructor', ''):
+        assert len(rates) > 5  # one for each layer of the backbone
 
 
 def wrap(model, **parts):
@@ -104,7 +125,9 @@ def test_a_complete_stock_config_adapts(path, side):
     if family == 'mask2former' and not HAS_MMDET:
         pytest.skip('the head needs mmdet')
     torch.manual_seed(0)
-    model = wrap(stock_model(path)).train()
+    config, optimizer = stock_model(path)
+    model = wrap(config).train()
+    check_optimizer(model, optimizer)
     student = model.segmentor
     classes = model.num_classes
     images, labels = images_and_labels(side, classes)

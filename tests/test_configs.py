@@ -59,6 +59,27 @@ def test_a_shipped_config_builds_and_takes_a_step(path):
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
+def test_the_data_of_a_shipped_config_load(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = Config.fromfile(path)
+    roots = {options.dataset.get('data_root', '.') for options in
+             cfg.train_dataloader.dataset.streams.values()}
+    missing = [root for root in roots if not Path(root).is_dir()]
+    if missing:
+        pytest.skip(f'{missing[0]} is not there')
+    streams = DATASETS.build(cfg.train_dataloader.dataset)
+    item = streams[0]
+    assert set(item['inputs']) == {'source', 'target'}
+    assert 'gt_sem_seg' in item['data_samples']['source']
+    assert 'gt_sem_seg' not in item['data_samples']['target']
+    assert len(streams.metainfo['classes']) == cfg.pair.num_classes
+    test = DATASETS.build(cfg.test_dataloader.dataset)
+    assert len(test) > 0 and 'gt_sem_seg' in test[0]['data_samples']
+    assert tuple(test.metainfo['classes']) == tuple(
+        streams.metainfo['classes'])
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_a_shipped_config_is_short(path):
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     assert len(lines) <= 35

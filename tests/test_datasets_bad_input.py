@@ -264,3 +264,19 @@ def test_all_ignored_and_single_class_images_pass(tmp_path):
     seen = {tuple(dataset[p]['data_samples']['source']
                   .gt_sem_seg.data.unique().tolist()) for p in range(2)}
     assert seen == {(255, ), (1, )}
+
+
+def test_a_label_of_another_size_is_refused(tmp_path):
+    root = write_folder(
+        tmp_path / 'a', 1, labels=[np.zeros((30, 40), np.uint8)])
+    with pytest.raises(ValueError, match=r'40 x 30 pixels.*32 x 24'):
+        StreamDataset(dict(source=dict(dataset=folder(
+            root, files_pipeline()))))
+
+
+def test_a_label_in_colours_is_refused(tmp_path):
+    root = write_folder(
+        tmp_path / 'a', 1, labels=[np.zeros((24, 32, 3), np.uint8)])
+    with pytest.raises(ValueError, match='one class id per pixel'):
+        StreamDataset(dict(source=dict(dataset=folder(
+            root, files_pipeline()))))

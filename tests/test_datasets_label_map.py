@@ -140,7 +140,8 @@ def test_a_dataset_for_validation_is_mapped_too(tmp_path):
     from mmengine.registry import init_default_scope
     from mmseg.registry import DATASETS
     init_default_scope('mmseg')
-    labels = np.array([[0, 1, 2], [2, 2, 255]], np.uint8)
+    labels = np.tile(np.array([[0, 1, 2, 0], [2, 2, 255, 1]], np.uint8),
+                     (12, 8))
     root = write_folder(tmp_path / 'a', 1, labels=[labels])
     plain = folder(root, files_pipeline())
     classes = tuple(plain['metainfo']['classes'])

@@ -163,3 +163,25 @@ def test_other_datasets_are_left_alone():
     made = DataLoader([1, 2, 3])
     runner = Runner(made, 1)
     PositionHook().before_train(runner)
+
+
+def test_a_run_from_other_weights_starts_its_counts_at_0():
+    from helpers import batch, build, run
+    from mmseg_contrast.engine.hooks.position import restart_clocks
+    model = build()
+    run(model, batch())
+    run(model, batch())
+    assert model.clock.now() == model.teachers['ema'].steps.now() == 2
+    restart_clocks(model)
+    assert model.clock.now() == int(model.clock.count) == 0
+    assert run(model, batch())['ema.momentum'] == 0
+
+
+def test_model_and_data_have_the_same_number_of_classes():
+    from types import SimpleNamespace as Fake
+
+    from mmseg_contrast.engine.hooks.position import check_classes
+    data = Fake(metainfo=dict(classes=('a', 'b', 'c')))
+    check_classes(data, Fake(num_classes=3))
+    with pytest.raises(ValueError, match='num_classes = 2.*are 3: a, b, c'):
+        check_classes(data, Fake(num_classes=2))

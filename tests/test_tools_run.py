@@ -194,10 +194,11 @@ def test_amp_exchanges_the_wrapper():
             type='AmpOptimWrapper', clip_grad=1, loss_scale='dynamic')
 
 
-def test_flags_that_do_not_fit_the_config(config, run, tmp_path):
-    with pytest.raises(ValueError, match='--amp works with'):
+def test_flags_that_do_not_fit_the_config(config, run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         run('train.py', config, '--amp', '--cfg-options',
             'optim_wrapper.type=Other')
+    assert 'error: --amp works with' in capsys.readouterr().err
     tool = runpy.run_path(str(TOOLS / 'test.py'))
     cfg = Config.fromfile(config)
     with pytest.raises(ValueError, match='--out needs a metric with'):

@@ -18,6 +18,8 @@ from mmengine.registry import init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from mmseg.registry import METRICS, RUNNERS  # noqa: E402
 
+from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -166,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with one_sentence():
+        main()

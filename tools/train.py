@@ -18,6 +18,8 @@ from mmengine.logging import print_log  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from mmseg.registry import RUNNERS  # noqa: E402
 
+from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -101,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with one_sentence():
+        main()

@@ -17,6 +17,7 @@ data_preprocessor = dict(size=(128, 128))
 train_dataloader = _base_.pair.train_dataloader
 val_dataloader = test_dataloader = _base_.pair.test_dataloader
 test_pipeline = test_dataloader.dataset.pipeline
+tta_pipeline = _base_.pair.tta_pipeline
 val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
 train_cfg = dict(val_interval=300)
 custom_hooks = [

@@ -30,6 +30,11 @@ class Clock(nn.Module):
         self._now = self.now() + 1
         self.count += 1
 
+    def reset(self) -> None:
+        """Start again from 0."""
+        self._now = 0
+        self.count.zero_()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._now = None

@@ -2,8 +2,8 @@
 
 An adapter knows what a head returns in training, which of its losses meets
 which logits and labels, and so gives all of them a weight map. Heads that
-are not known, but have a ``loss`` of their own, go through it with the
-weights folded into the labels (:class:`WholeHead`).
+are not known, but have a ``loss`` of their own, go through it as a whole
+(:class:`WholeHead`).
 """
 
 from __future__ import annotations
@@ -311,10 +311,11 @@ class PointHead(PlainHead):
 
 
 class WholeHead:
-    """A head with a ``loss`` of its own, weighted through its labels.
+    """A head with a loss of its own, which is not known here.
 
-    The loss is ``sum_k scale_k * loss(labels where mask_k, ignored
-    elsewhere)``. The head runs once for every part.
+    It runs once, on the labels whose weight isn't 0, and its losses are
+    multiplied by the mean weight of these pixels. To ignore a pixel is left
+    to the head; Mask2Former counts it as none of the masks.
 
     Args:
         head (nn.Module): The head.
@@ -322,7 +323,7 @@ class WholeHead:
         train_cfg (dict, optional): The segmentor's train_cfg.
     """
 
-    folds = True
+    folds = False
 
     def __init__(self, head: nn.Module, where: str,
                  train_cfg: dict | None = None) -> None:
@@ -342,32 +343,25 @@ class WholeHead:
     def losses(self, features: Any, outputs: Any, previous: Any,
                target: Target) -> dict[str, Tensor]:
         """See :meth:`PlainHead.losses`."""
-        parts = target.parts
-        if target.weights is None:
-            parts = [(torch.ones((), device=target.labels.device),
-                      torch.ones_like(target.labels, dtype=torch.bool))]
-        if parts is None:
-            raise ValueError(
-                f'{self.where} = {type(self.head).__name__} has a loss of '
-                'its own that takes no weight map, and the weights of this '
-                'view are no sum of a few masks.')
+        labels, weights = target.labels, target.weights
+        if weights is None:
+            weights = torch.ones_like(labels, dtype=torch.float32)
+        labels = torch.where(weights > 0, labels, self.ignore_index)
+        kept = labels != self.ignore_index
+        scale = (weights * kept).sum() / kept.sum().clamp_min(1)
+        samples = [SegDataSample(
+            gt_sem_seg=PixelData(data=one.unsqueeze(0)),
+            metainfo=dict(img_shape=tuple(one.shape),
+                          pad_shape=tuple(one.shape))) for one in labels]
         inputs = (features, ) if previous is None else (features, previous)
         result: dict[str, Tensor] = {}
-        for scale, mask in parts:
-            kept = torch.where(mask, target.labels, self.ignore_index)
-            samples = [SegDataSample(
-                gt_sem_seg=PixelData(data=one.unsqueeze(0)),
-                metainfo=dict(img_shape=tuple(one.shape),
-                              pad_shape=tuple(one.shape)))
-                       for one in kept]
-            some = self.head.loss(*inputs, samples, self.train_cfg)
-            for key, value in some.items():
-                if 'loss' not in key:
-                    continue
-                if isinstance(value, (list, tuple)):
-                    value = sum(one.mean() for one in value)
-                value = scale * value.mean()
-                result[key] = result[key] + value if key in result else value
+        for key, value in self.head.loss(
+                *inputs, samples, self.train_cfg).items():
+            if 'loss' not in key:
+                continue
+            if isinstance(value, (list, tuple)):
+                value = sum(one.mean() for one in value)
+            result[key] = scale * value.mean()
         return result
 
 

@@ -7,8 +7,10 @@ Which is which is found out by trying, once, when the model is built.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,23 @@ IGNORE = 255
 WeightParts = Sequence[tuple[Tensor, Tensor]]
 
 
+@functools.cache
+def _knows_ignore_index(forward: Any) -> bool:
+    names = inspect.signature(forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return takes_any or 'ignore_index' in names
+
+
 def _keywords(loss: nn.Module, ignore_index: int) -> dict[str, int]:
     """Pass ``ignore_index`` only to losses that know it."""
-    names = inspect.signature(loss.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
-    if takes_any or 'ignore_index' in names:
+    if _knows_ignore_index(type(loss).forward):
         return dict(ignore_index=ignore_index)
     return {}
+
+
+def _where_tried() -> torch.device:
+    """Some stock losses work on a GPU alone."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def takes_pixel_weights(loss: nn.Module, channels: int,
@@ -35,10 +47,11 @@ def takes_pixel_weights(loss: nn.Module, channels: int,
         channels (int): Channels of the logits it gets.
         ignore_index (int): Label that is ignored.
     """
-    gen = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, channels, 4, 4, generator=gen)
-    labels = torch.randint(0, max(channels, 2), (2, 4, 4), generator=gen)
-    weights = torch.rand(2, 4, 4, generator=gen)
+    gen, device = torch.Generator().manual_seed(0), _where_tried()
+    logits = torch.randn(2, channels, 4, 4, generator=gen).to(device)
+    labels = torch.randint(
+        0, max(channels, 2), (2, 4, 4), generator=gen).to(device)
+    weights = torch.rand(2, 4, 4, generator=gen).to(device)
     keywords = _keywords(loss, ignore_index)
 
     def value(weight: Tensor) -> Tensor:
@@ -74,17 +87,35 @@ def check_loss(loss: nn.Module, channels: int, where: str,
     """
     if takes_pixel_weights(loss, channels, ignore_index):
         return True
-    logits = torch.zeros(2, channels, 4, 4)
-    labels = torch.zeros(2, 4, 4, dtype=torch.long)
-    labels[:, :2] = ignore_index
+    device = _where_tried()
+    logits = torch.zeros(2, channels, 4, 4, device=device)
+    labels = torch.zeros(2, 4, 4, dtype=torch.long, device=device)
     try:
-        loss(logits, labels, **_keywords(loss, ignore_index))
+        # Some pixels ignored, then one image of two, then all.
+        for ignored in (labels[:, :2], labels[0], labels):
+            ignored.fill_(ignore_index)
+            loss(logits, labels, **_keywords(loss, ignore_index))
     except Exception as error:
         raise ValueError(
             f'{where} = {type(loss).__name__} can be given neither pixel '
-            f'weights nor ignored pixels ({error}); use a loss that can, such '
-            'as CrossEntropyLoss.') from error
+            f'weights nor images without labels ({error}); use a loss that '
+            'can, such as CrossEntropyLoss.') from None
     return False
+
+
+def _guarded(loss: nn.Module, logits: Tensor, labels: Tensor,
+             ignore_index: int) -> Tensor:
+    """The loss, 0 (and still of the graph) where no pixel has a label.
+
+    Without a labelled pixel, stock losses are NaN, an empty tensor, or a
+    constant that knows no parameter.
+    """
+    value = loss(logits, labels, **_keywords(loss, ignore_index))
+    nothing = logits.sum() * 0
+    if value.numel() == 0:
+        return nothing
+    any_left = (labels != ignore_index).any()
+    return nothing + torch.where(any_left, value.mean(), nothing)
 
 
 def weighted_loss(loss: nn.Module,
@@ -114,11 +145,11 @@ def weighted_loss(loss: nn.Module,
     Raises:
         ValueError: If weights are given that the loss can't express.
     """
-    keywords = _keywords(loss, ignore_index)
-    if weights is None:
-        return loss(logits, labels, **keywords)
+    if not takes_map and weights is None:
+        return _guarded(loss, logits, labels, ignore_index)
     if takes_map:
-        return loss(logits, labels, weight=weights, **keywords)
+        return loss(logits, labels, weight=weights,
+                    **_keywords(loss, ignore_index))
     if parts is None:
         raise ValueError(
             f'{type(loss).__name__} takes no weight map, and the weights of '
@@ -127,9 +158,5 @@ def weighted_loss(loss: nn.Module,
     total = logits.sum() * 0
     for scale, mask in parts:
         kept = torch.where(mask, labels, ignore_index)
-        value = loss(logits, kept, **keywords)
-        # Some losses are NaN where every pixel is ignored.
-        any_left = (kept != ignore_index).any()
-        total = total + scale * torch.where(
-            any_left, value, torch.zeros_like(value))
+        total = total + scale * _guarded(loss, logits, kept, ignore_index)
     return total

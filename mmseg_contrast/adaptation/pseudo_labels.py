@@ -89,11 +89,12 @@ class ConfidentFraction(nn.Module):
         self.has_absent = bool(absent_classes)
 
     @torch.no_grad()
-    def forward(self, step: Step) -> PseudoLabels:
+    def forward(self, step: Step, name: str) -> PseudoLabels:
         """Label the view.
 
         Args:
             step (Step): The iteration.
+            name (str): Name of this policy.
         """
         view = step.view(self.view)
         probs = step.teacher(self.teacher, self.view)
@@ -106,7 +107,7 @@ class ConfidentFraction(nn.Module):
             valid = torch.ones_like(labels, dtype=torch.bool)
         scale = share.view(-1, 1, 1)
         weights = scale * valid
-        step.log(f'{self.view}.confident_ratio', share.mean())
-        step.log(f'{self.view}.pseudo_weight', weights.mean())
+        step.log(f'{name}.confident_ratio', share.mean())
+        step.log(f'{name}.pseudo_weight', weights.mean())
         return PseudoLabels(self.view, labels, confidence, weights,
                             ((share, valid), ))

@@ -175,6 +175,16 @@ class UDASegmentor(BaseSegmentor):
                 if hasattr(module, 'init_weights'):
                     module.init_weights()
 
+    def train(self, mode: bool = True) -> UDASegmentor:
+        """As any module; evaluation lets go of a kept step."""
+        if not mode:
+            self.last_step = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A kept step holds parts of a graph, which can't be copied.
+        return dict(self.__dict__, last_step=None)
+
     def loss(self, inputs: dict[str, Tensor],
              data_samples: dict[str, list[SegDataSample]]) -> dict:
         """One iteration.

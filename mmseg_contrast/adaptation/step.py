@@ -82,7 +82,8 @@ class Step:
     def pseudo_label(self, name: str) -> PseudoLabels:
         """Pseudo-labels by the policy's name."""
         if name not in self.pseudo_labels:
-            self.pseudo_labels[name] = self._model.pseudo_labels[name](self)
+            self.pseudo_labels[name] = self._model.pseudo_labels[name](
+                self, name)
         return self.pseudo_labels[name]
 
     def log(self, key: str, value: Tensor) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import annealed_alpha, ema_update
 from .clock import Clock
@@ -53,33 +55,44 @@ class EMATeacher(nn.Module):
         self.steps = Clock()
         self.model = copy.deepcopy(student).requires_grad_(False)
         self._mode: bool | None = None
-        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._tensors: _Tensors | None = None
         self.train(False)
 
     def init_weights(self) -> None:
         """Nothing: the first update copies the student."""
 
     def train(self, mode: bool = True) -> EMATeacher:
-        """Everything stays in evaluation mode, batch norm as asked for."""
+        """Everything stays in evaluation mode, batch norm as asked for.
+
+        Norms that the student itself holds in evaluation mode
+        (``norm_eval``, frozen stages) stay so.
+        """
         self.training = mode
         if self._mode is mode:
             return self
         self._mode = mode
-        self.model.eval()
-        if mode and self.batch_norm == 'batch':
+        recording = mode and self.batch_norm == 'batch'
+        self.model.train(recording)
+        if recording:
             # Looked up now: Runner may have replaced SyncBN since.
             for part in self.model.modules():
-                if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                    part.train()
+                if not isinstance(part, _BatchNorm):
+                    part.training = False
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> EMATeacher:
-        self._pairs = None
+        self._tensors = None
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._tensors = None
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> float:
         """Move towards the student.
+
+        Buffers that are no batch-norm statistics are copied.
 
         Args:
             student (nn.Module): The segmentor of the same structure.
@@ -87,25 +100,17 @@ class EMATeacher(nn.Module):
         Returns:
             float: The momentum used.
         """
+        if self._tensors is None or not self._tensors.belong_to(student):
+            self._tensors = _Tensors(self.model, student)
         step = self.steps.now()
         alpha = annealed_alpha(step, self.alpha)
-        if self._pairs is None:
-            self._pairs = (list(self.model.parameters()),
-                           list(student.parameters()))
-        ema_update(*self._pairs, alpha)
-        if self.batch_norm == 'ema':
-            self._average_buffers(student, alpha)
+        tensors = self._tensors
+        ema_update(*tensors.parameters, alpha)
+        if step == 0 or self.batch_norm == 'ema':
+            ema_update(*tensors.statistics, alpha)
+        ema_update(*tensors.others, 0)
         self.steps.tick()
         return alpha
-
-    def _average_buffers(self, student: nn.Module, alpha: float) -> None:
-        mine, theirs = list(self.model.buffers()), list(student.buffers())
-        pairs = list(zip(mine, theirs, strict=True))
-        real = [pair for pair in pairs if pair[0].is_floating_point()]
-        ema_update([m for m, _ in real], [s for _, s in real], alpha)
-        for own, new in pairs:
-            if not own.is_floating_point():
-                own.copy_(new)
 
     @torch.no_grad()
     def predict(self, view: View) -> Tensor:
@@ -118,3 +123,33 @@ class EMATeacher(nn.Module):
             Tensor: float32, ``(N, C, H, W)``.
         """
         return class_probabilities(self.model, view.images)
+
+
+class _Tensors:
+    """Pairs of tensors of teacher and student, listed once.
+
+    Args:
+        teacher (nn.Module): The average.
+        student (nn.Module): The model of the same structure.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self.first = next(student.parameters(), None)
+        self.parameters = (list(teacher.parameters()),
+                           list(student.parameters()))
+        self.statistics: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.others: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for mine, own in zip(teacher.modules(), student.modules(),
+                             strict=True):
+            for name, buffer in mine.named_buffers(recurse=False):
+                averaged = (isinstance(mine, _BatchNorm)
+                            and buffer.is_floating_point())
+                pair = self.statistics if averaged else self.others
+                if isinstance(mine, _BatchNorm) and not averaged:
+                    continue  # the teacher counts its own batches
+                pair[0].append(buffer)
+                pair[1].append(getattr(own, name))
+
+    def belong_to(self, student: nn.Module) -> bool:
+        """Whether these are still the student's tensors."""
+        return next(student.parameters(), None) is self.first

@@ -48,11 +48,21 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     return value.unsqueeze(1) - (value * saturation).unsqueeze(1) * ramp
 
 
-def _shift_hsv(images: Tensor, saturation_factor: Tensor,
-               hue_turns: Tensor) -> Tensor:
+def _linear(images: Tensor, factors: Tensor, op: Tensor) -> Tensor:
+    """Brightness or contrast, whichever is due for each sample."""
+    bright = torch.where(op == BRIGHTNESS, factors[:, BRIGHTNESS] - 1, 0.)
+    contrast = torch.where(op == CONTRAST, factors[:, CONTRAST], 1.)
+    return (images * contrast.view(-1, 1, 1, 1)
+            + bright.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def _shift_hsv(images: Tensor, factors: Tensor, op: Tensor) -> Tensor:
+    """Saturation or hue, whichever is due for each sample."""
+    factor = torch.where(op == SATURATION, factors[:, SATURATION], 1.)
+    turns = torch.where(op == HUE, factors[:, HUE], 0.)
     hue, saturation, value = rgb_to_hsv(images)
-    saturation = (saturation * saturation_factor).clamp(0, 1)
-    return hsv_to_rgb(hue + hue_turns, saturation, value)
+    saturation = (saturation * factor.view(-1, 1, 1)).clamp(0, 1)
+    return hsv_to_rgb(hue + turns.view(-1, 1, 1), saturation, value)
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -63,33 +73,26 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         factors (Tensor): ``(N, 4)``: brightness b adds ``b - 1``, contrast
             multiplies, saturation multiplies S of HSV, hue adds that many
             turns.
-        order (Tensor): int64, ``(N, 4)``: which operation comes first,
-            second, ...; 0 brightness, 1 contrast, 2 saturation, 3 hue.
+        order (Tensor): int64, ``(N, 4)``, on the CPU: which operation comes
+            first, second, ...; 0 brightness, 1 contrast, 2 saturation, 3 hue.
 
     Returns:
         Tensor: ``(N, 3, H, W)``.
     """
-    ones = torch.ones_like(factors[:, 0])
-
-    def per_sample(values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1, 1)
-
     for turn in range(4):
-        now = order[:, turn]
-
-        def amount(op: int, neutral: Tensor, now: Tensor = now) -> Tensor:
-            return torch.where(now == op, factors[:, op], neutral)
-
-        # All samples take the same path with neutral factors where another
-        # operation is due: no loop over samples, no host sync.
-        linear = images * per_sample(amount(CONTRAST, ones))
-        linear = linear + per_sample(amount(BRIGHTNESS, ones) - 1)
-        linear = linear.clamp(0, 1)
-        shifted = _shift_hsv(
-            images,
-            amount(SATURATION, ones).view(-1, 1, 1),
-            amount(HUE, torch.zeros_like(ones)).view(-1, 1, 1))
-        images = torch.where(per_sample(now) <= CONTRAST, linear, shifted)
+        ops = order[:, turn]
+        # Which samples are due is known on the host: each passes through
+        # HSV twice, not four times, and nothing waits for the device.
+        for group, apply in ((ops <= CONTRAST, _linear),
+                             (ops > CONTRAST, _shift_hsv)):
+            rows = group.nonzero().flatten()
+            if len(rows) == 0:
+                continue
+            there = rows.to(images.device, non_blocking=True)
+            due = ops[rows].to(images.device, non_blocking=True)
+            images = images.index_copy(0, there, apply(
+                images.index_select(0, there),
+                factors.index_select(0, there), due))
     return images
 
 

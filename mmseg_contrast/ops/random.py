@@ -48,7 +48,19 @@ def forked_rng(device: torch.device, *keys: int | str) -> Iterator[None]:
         device (torch.device): Where the code inside runs.
         *keys: See :func:`position_seed`.
     """
-    devices = [device] if device.type == 'cuda' else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(position_seed(*keys))
+    # Not torch.manual_seed: it seeds all devices, and takes a thousand times
+    # as long as the generators themselves.
+    generators = [torch.default_generator]
+    if device.type == 'cuda':
+        index = device.index
+        if index is None:
+            index = torch.cuda.current_device()
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(position_seed(*keys))
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -23,6 +23,19 @@ pair_test_pipeline = [
 ]
 pair = dict(
     num_classes=10,
+    tta_pipeline=[
+        dict(type='LoadSyntheticImage'),
+        dict(
+            type='TestTimeAug',
+            transforms=[
+                [dict(type='Resize', scale_factor=ratio, keep_ratio=True)
+                 for ratio in (0.75, 1.0, 1.25)],
+                [dict(type='RandomFlip', prob=0., direction='horizontal'),
+                 dict(type='RandomFlip', prob=1., direction='horizontal')],
+                [dict(type='LoadSyntheticLabels')],
+                [dict(type='PackSegInputs')],
+            ]),
+    ],
     train_dataloader=dict(
         batch_size=4,
         num_workers=1,

@@ -116,7 +116,7 @@ class StrongAugment(nn.Module):
             colours = images * self.std + self.mean
             colours = color_jitter(
                 colours, there(draws['factors']).to(images.dtype),
-                there(draws['order']))
+                draws['order'])
             images = (colours - self.mean) / self.std
         if draws['blur']:
             radius = tuple(

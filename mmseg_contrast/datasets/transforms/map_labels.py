@@ -43,6 +43,7 @@ class MapLabelIds(BaseTransform):
             ValueError: If an id has no entry; names the file and the id.
         """
         labels = results['gt_seg_map']
+        self._check_shape(labels, results)
         if labels.dtype != np.uint8:
             outside = (labels < 0) | (labels > 255)
             if outside.any():
@@ -53,6 +54,22 @@ class MapLabelIds(BaseTransform):
             self._refuse(int(labels[mapped < 0].min()), results)
         results['gt_seg_map'] = mapped.astype(np.uint8)
         return results
+
+    def _check_shape(self, labels: np.ndarray, results: dict) -> None:
+        """A label map of another size would be cut at other places."""
+        path = results.get('seg_map_path', results.get('img_path'))
+        if labels.ndim != 2:
+            raise ValueError(
+                f'stream {self.stream!r}: the label file {path} has the shape '
+                f'{labels.shape}, but one class id per pixel is needed: '
+                'convert colours to ids')
+        # The image itself may have been resized before, as in test pipelines.
+        size = results.get('ori_shape')
+        if size is not None and tuple(size[:2]) != labels.shape:
+            raise ValueError(
+                f'stream {self.stream!r}: the label file {path} is '
+                f'{labels.shape[1]} x {labels.shape[0]} pixels, but its image '
+                f'is {size[1]} x {size[0]}')
 
     def _refuse(self, label: int, results: dict) -> None:
         path = results.get('seg_map_path', results.get('img_path'))

@@ -7,12 +7,46 @@ from typing import Any
 
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmseg.registry import HOOKS
+from torch import nn
 from torch.utils.data import DataLoader
 
+from ...adaptation.clock import Clock
 from ...datasets import PositionSampler, StreamDataset
 from ..optimizer import refuse_layer_decay_on_wrapper
+
+
+def check_classes(dataset: StreamDataset, model: nn.Module) -> None:
+    """Model and data must have the same number of classes.
+
+    Args:
+        dataset (StreamDataset): The streams.
+        model (nn.Module): The model, unwrapped.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    classes = dataset.metainfo.get('classes')
+    number = getattr(model, 'num_classes', None)
+    if classes is None or number is None or len(classes) == number:
+        return
+    raise ValueError(
+        f'model.segmentor.decode_head.num_classes = {number}, but the '
+        f'classes of train_dataloader.dataset.streams are {len(classes)}: '
+        f'{", ".join(classes)}.')
+
+
+def restart_clocks(model: nn.Module) -> None:
+    """Set all step counts of a model to 0.
+
+    Args:
+        model (nn.Module): The model, unwrapped.
+    """
+    for part in model.modules():
+        if isinstance(part, Clock):
+            part.reset()
 
 
 @HOOKS.register_module()
@@ -25,6 +59,9 @@ class PositionHook(Hook):
     unless told otherwise (the onedl fork). This hook moves the sampler, and
     no skipped sample is loaded on either. It also hands a seed that came
     from the checkpoint to the dataset.
+
+    A run that starts at iteration 0 from another run's weights
+    (``load_from``) starts its step counts at 0 too.
 
     Runs in ``before_train``, when checkpoint and loop are ready. Loaders of
     other datasets are left alone.
@@ -41,9 +78,14 @@ class PositionHook(Hook):
         Raises:
             ValueError: If streams are combined with another sampler or
                 another train loop, or a wrapped student with a stock
-                layer-decay constructor.
+                layer-decay constructor, or if the model has another number
+                of classes than the data.
         """
         refuse_layer_decay_on_wrapper(runner.cfg, runner.model)
+        model = runner.model
+        model = model.module if is_model_wrapper(model) else model
+        if runner.iter == 0:
+            restart_clocks(model)
         loop = runner.train_loop
         loader = runner.train_dataloader
         if not isinstance(loader.dataset, StreamDataset):
@@ -58,6 +100,7 @@ class PositionHook(Hook):
             raise ValueError(
                 'StreamDataset has no epochs: set `train_cfg` to dict(type='
                 f"'IterBasedTrainLoop', ...), it is {type(loop).__name__}")
+        check_classes(loader.dataset, model)
         seed = _seed(runner)
         new_seed = seed is not None and seed != sampler.seed
         if seed is not None and new_seed:

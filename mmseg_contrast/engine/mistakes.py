@@ -1,0 +1,46 @@
+"""A user's mistake as one sentence instead of a page of traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DEBUG = 'MMSEG_CONTRAST_DEBUG'
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, without the workers' and registries' wrapping.
+
+    Args:
+        error (BaseException): An error; one of a loader's worker holds the
+            whole traceback in its text.
+    """
+    text = str(error).strip()
+    if 'DataLoader worker process' in text:
+        text = text.splitlines()[-1].partition(': ')[2]
+    # mmengine's registry puts the file of the class before the message.
+    head, found, rest = text.partition('.py: ')
+    if found and head.startswith('class `'):
+        return sentence(ValueError(rest))
+    return text
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Show a ValueError, or a missing file, as its sentence, and exit with 1.
+
+    The environment variable ``MMSEG_CONTRAST_DEBUG=1`` shows the traceback.
+
+    Raises:
+        SystemExit: Instead of the error.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(f'error: {sentence(error)}\n({DEBUG}=1 shows where.)',
+              file=sys.stderr)
+        raise SystemExit(1) from None
