@@ -19,9 +19,9 @@ val_dataloader = test_dataloader = _base_.pair.test_dataloader
 test_pipeline = test_dataloader.dataset.pipeline
 tta_pipeline = _base_.pair.tta_pipeline
 val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
-train_cfg = dict(val_interval=300)
+train_cfg = dict(val_interval=200)
 custom_hooks = [
     dict(type='PositionHook'),
-    dict(type='UDAVisualizationHook', interval=300),
+    dict(type='UDAVisualizationHook', interval=200),
     dict(type='PseudoLabelHealthHook'),
 ]

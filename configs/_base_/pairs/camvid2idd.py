@@ -12,6 +12,7 @@ pair_source_pipeline = [
          keep_ratio=True),
     dict(type='RandomCrop', crop_size=(256, 256), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
     dict(type='PackStreamInputs'),
 ]
 pair_target_pipeline = [

@@ -7,6 +7,7 @@ pair_source_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='RandomCrop', crop_size=(256, 256)),
     dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
     dict(type='PackStreamInputs'),
 ]
 pair_target_pipeline = [
