@@ -127,6 +127,7 @@ cfg.launcher = 'pytorch'
 cfg.model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', broadcast_buffers=False,
     device_ids=None)
+cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 cfg.work_dir = sys.argv[2]
 cfg.default_hooks.checkpoint.interval = 100
 runner = Runner.from_cfg(cfg)
@@ -188,8 +189,10 @@ MISSING = 'train_dataloader.dataset.streams.target.dataset'
       f'{MISSING}.pipeline=[]'], ["stream 'target'", 'no/such/folder']),
 ], ids=['sampler', 'old-key', 'classes', 'folder'])
 def test_mistakes_are_named_before_training(tmp_path, options, words):
+    small = [option for option in train_options(2)
+             if not option.startswith(MISSING) or MISSING not in options[0]]
     command = [sys.executable, 'tools/train.py', CONFIG, '--work-dir',
-               str(tmp_path), '--cfg-options', *train_options(2), *options]
+               str(tmp_path), '--cfg-options', *small, *options]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
