@@ -558,7 +558,7 @@ def summary_table(methods: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
         ])
     return table([
         'Method', 'Seeds', 'Student mIoU', 'Teacher mIoU',
-        f'Difference to {BASELINE}', 's/it', 'Peak MB'
+        f'Difference to {BASELINE}', 's/it', 'Peak MB (trainer)'
     ], rows)
 
 
