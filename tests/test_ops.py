@@ -204,7 +204,7 @@ def test_hsv_and_back(rgb):
     from mmseg_contrast.ops.color import hsv_to_rgb, rgb_to_hsv
     image = torch.tensor(rgb, dtype=torch.float64).view(1, 3, 1, 1)
     hue, saturation, value = rgb_to_hsv(image)
-    assert 0 <= hue.item() < 1 and 0 <= saturation.item() <= 1
+    assert 0 <= hue.item() <= 1 and 0 <= saturation.item() <= 1
     torch.testing.assert_close(
         hsv_to_rgb(hue, saturation, value), image, rtol=0, atol=1e-7)
 

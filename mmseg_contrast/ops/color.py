@@ -17,7 +17,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """RGB in [0, 1] to hue in turns [0, 1), saturation and value in [0, 1].
+    """RGB in [0, 1] to hue (in turns), saturation and value in [0, 1].
 
     Args:
         images (Tensor): ``(N, 3, H, W)``.
