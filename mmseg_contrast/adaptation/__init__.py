@@ -1,6 +1,6 @@
 """One iteration of adaptation: views, teachers, objectives, and their sum."""
 
-from .objectives import Segmentation
+from .objectives import FeatureDistance, Segmentation
 from .pseudo_labels import ConfidentFraction, PseudoLabels
 from .segmentor import UDASegmentor
 from .state_dict import RESERVED_ROOTS
@@ -11,6 +11,6 @@ from .views import ClassMix, StrongAugment
 
 __all__ = [
     'RESERVED_ROOTS', 'ClassMix', 'ConfidentFraction', 'EMATeacher',
-    'PseudoLabels', 'Segmentation', 'Step', 'StrongAugment', 'UDASegmentor',
-    'View'
+    'FeatureDistance', 'PseudoLabels', 'Segmentation', 'Step',
+    'StrongAugment', 'UDASegmentor', 'View'
 ]

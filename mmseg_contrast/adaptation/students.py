@@ -86,18 +86,25 @@ class StudentAdapter:
         heads = [*self.decode.values(), *self.auxiliary.values()]
         return [head.where for head in heads if head.folds]
 
-    def features(self, view: View) -> Sequence[Tensor]:
-        """Outputs of backbone and neck.
+    def features(self, view: View
+                 ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor]]:
+        """Outputs of the backbone, and those of the neck.
 
         Args:
             view (View): Images ``(N, 3, H, W)``.
+
+        Returns:
+            tuple: What the backbone gives (None if the segmentor has an
+            ``extract_feat`` of its own), and what the heads get. The same
+            without a neck.
         """
-        if not view.inputs:
-            return self.segmentor.extract_feat(view.images)
-        features = self.segmentor.backbone(view.images, **view.inputs)
+        own = type(self.segmentor).extract_feat
+        if own is not EncoderDecoder.extract_feat and not view.inputs:
+            return None, self.segmentor.extract_feat(view.images)
+        stages = self.segmentor.backbone(view.images, **view.inputs)
         if self.segmentor.with_neck:
-            features = self.segmentor.neck(features)
-        return features
+            return stages, self.segmentor.neck(stages)
+        return stages, stages
 
     @contextmanager
     def batch_norm(self, update: bool) -> Iterator[None]:
@@ -135,7 +142,7 @@ class StudentOutput:
         self._update_norm = update_norm
         self._outputs: dict[str, tuple[Any, Any]] = {}
         with self._context('features'):
-            self.features = adapter.features(view)
+            self.backbone_features, self.features = adapter.features(view)
 
     @contextmanager
     def _context(self, name: str) -> Iterator[None]:
@@ -193,15 +200,16 @@ def class_probabilities(segmentor: nn.Module, images: Tensor) -> Tensor:
         images (Tensor): ``(N, 3, H, W)``.
 
     Returns:
-        Tensor: float32, ``(N, C, H, W)``; two classes for a head with one
-        channel.
+        Tensor: float32 or wider, ``(N, C, H, W)``; two classes for a head
+        with one channel.
     """
     size = tuple(images.shape[-2:])
     # mmseg trusts the metas for the output's size; a training batch's own
     # ones name the size before padding.
     metas = [dict(ori_shape=size, img_shape=size, pad_shape=size,
                   padding_size=(0, 0, 0, 0)) for _ in range(len(images))]
-    scores = segmentor.encode_decode(images, metas).float()
+    scores = segmentor.encode_decode(images, metas)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if tuple(scores.shape[-2:]) != size:
         scores = F.interpolate(scores, size, mode='bilinear',
                                align_corners=segmentor.align_corners)

@@ -1,14 +1,35 @@
 """Pure tensor functions. Import torch and mmengine.dist, nothing else."""
 
+from .block_mask import block_grid, block_mask, hide_blocks
 from .class_mix import choose_classes, class_mask, mix, present_classes
+from .class_moments import class_moments, class_variance, merge_moments
 from .color import color_jitter, gaussian_blur, reference_blur_radius
+from .contrast import (
+    bank_energies,
+    bank_positives,
+    contrast_loss,
+    contrast_regularizer,
+    gaussian_energies,
+    own_class,
+    prototype_energies,
+)
+from .crop_box import crop_to_box, draw_crop_box, scale_box, slide_boxes
 from .ema import annealed_alpha, ema_update
+from .feature_distance import masked_feature_distance
+from .fusion import fuse_detail, merge_windows
+from .label_downscale import downscale_labels
 from .pseudo_label import confident_fraction, hard_labels, without_classes
 from .random import forked_rng, generator_at, position_seed
 
 __all__ = [
-    'annealed_alpha', 'choose_classes', 'class_mask', 'color_jitter',
-    'confident_fraction', 'ema_update', 'forked_rng', 'gaussian_blur',
-    'generator_at', 'hard_labels', 'mix', 'position_seed', 'present_classes',
-    'reference_blur_radius', 'without_classes'
+    'annealed_alpha', 'bank_energies', 'bank_positives', 'block_grid',
+    'block_mask', 'choose_classes', 'class_mask', 'class_moments',
+    'class_variance', 'color_jitter', 'confident_fraction', 'contrast_loss',
+    'contrast_regularizer', 'crop_to_box', 'downscale_labels',
+    'draw_crop_box', 'ema_update', 'forked_rng', 'fuse_detail',
+    'gaussian_blur', 'gaussian_energies', 'generator_at', 'hard_labels',
+    'hide_blocks', 'masked_feature_distance', 'merge_moments',
+    'merge_windows', 'mix', 'own_class', 'position_seed', 'present_classes',
+    'prototype_energies', 'reference_blur_radius', 'scale_box',
+    'slide_boxes', 'without_classes'
 ]

@@ -31,7 +31,8 @@ def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.where(channel == 1, 2 + (blue - red) / safe,
                     4 + (red - green) / safe))
     hue = torch.where(chroma > 0, (sector / 6) % 1, torch.zeros_like(sector))
-    saturation = chroma / value.clamp_min(1e-8)
+    # The published runs had this eps; it takes 1e-6 off the saturation.
+    saturation = chroma / (value + 1e-6)
     return hue, saturation, value
 
 

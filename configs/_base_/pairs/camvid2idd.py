@@ -43,6 +43,7 @@ pair_target = dict(
     pipeline=pair_target_pipeline)
 pair = dict(
     num_classes=7,
+    things=(2, 3),  # living, vehicle
     train_dataloader=dict(
         batch_size=2,
         num_workers=1,

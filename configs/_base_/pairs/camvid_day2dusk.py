@@ -42,6 +42,7 @@ pair_target = dict(
     pipeline=pair_target_pipeline)
 pair = dict(
     num_classes=11,
+    things=(6, 8, 9, 10),  # sign, car, pedestrian, bicyclist
     train_dataloader=dict(
         batch_size=2,
         num_workers=1,

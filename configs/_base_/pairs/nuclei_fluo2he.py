@@ -35,6 +35,7 @@ pair_target = dict(
     pipeline=pair_target_pipeline)
 pair = dict(
     num_classes=2,
+    things=(1, ),
     train_dataloader=dict(
         batch_size=2,
         num_workers=1,

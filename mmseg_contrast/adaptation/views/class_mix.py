@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmseg.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from ...ops import choose_classes, class_mask, mix, present_classes
 from ..view import View
@@ -62,6 +62,21 @@ class ClassMix(nn.Module):
         self.class_scope = class_scope
         self.mix_ignore = mix_ignore
 
+    def choose(self, present: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the classes to paste.
+
+        Args:
+            present (Tensor): bool, ``(N, C + 1)``.
+            generator (torch.Generator): CPU generator.
+
+        Returns:
+            Tensor: bool, ``(N, C + 1)``; half of the present ones, rounded
+            up.
+        """
+        scores = torch.rand(present.shape, generator=generator)
+        return choose_classes(
+            present, scores.to(present.device, non_blocking=True))
+
     @torch.no_grad()
     def forward(self, step: Step, name: str) -> View:
         """The mixed view.
@@ -88,8 +103,7 @@ class ClassMix(nn.Module):
         device = source.images.device
         present = present_classes(source.labels, self.num_classes,
                                   self.class_scope, self.mix_ignore)
-        scores = torch.rand(present.shape, generator=step.generator(name))
-        chosen = choose_classes(present, scores.to(device, non_blocking=True))
+        chosen = self.choose(present, step.generator(name))
         origin = class_mask(source.labels, chosen)
         one = torch.ones((), device=device)
         weights = torch.ones_like(pseudo.weights)

@@ -64,8 +64,8 @@ class StrongAugment(nn.Module):
         # Truncating at 4.35 sigma leaves 1e-5 of the kernel's mass outside.
         self.max_radius = math.ceil(4.3 * blur_sigma[1])
         mean, std = normalize
-        self.register_buffer('mean', mean.clone() / 255, persistent=False)
-        self.register_buffer('std', std.clone() / 255, persistent=False)
+        self.register_buffer('mean', mean.clone(), persistent=False)
+        self.register_buffer('std', std.clone(), persistent=False)
 
     def draw(self, samples: int, generator: torch.Generator
              ) -> dict[str, Tensor | bool]:
@@ -104,8 +104,9 @@ class StrongAugment(nn.Module):
             Tensor: Normalised, ``(N, 3, H, W)``.
         """
         # A blur in half precision would be no longer the drawn one.
+        dtype = torch.promote_types(images.dtype, torch.float32)
         with torch.autocast(images.device.type, enabled=False):
-            return self._augment(images.float(), draws)
+            return self._augment(images.to(dtype), draws)
 
     def _augment(self, images: Tensor, draws: dict[str, Tensor | bool]
                  ) -> Tensor:
@@ -113,11 +114,11 @@ class StrongAugment(nn.Module):
             return value.to(images.device, non_blocking=True)
 
         if draws['jitter']:
-            colours = images * self.std + self.mean
+            colours = (images * self.std + self.mean) / 255
             colours = color_jitter(
                 colours, there(draws['factors']).to(images.dtype),
                 draws['order'])
-            images = (colours - self.mean) / self.std
+            images = (colours * 255 - self.mean) / self.std
         if draws['blur']:
             radius = tuple(
                 min(self.max_radius, reference_blur_radius(side), side - 1)

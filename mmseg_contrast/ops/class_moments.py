@@ -1,0 +1,77 @@
+"""Mean and variance of the feature vectors of each class, as they come in.
+
+Moments are a tuple ``(count, mean, m2)``: int64 ``(C,)``, float ``(C, D)``
+and the sum of squared deviations from the mean, float ``(C, D)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE = 255
+Moments = tuple[Tensor, Tensor, Tensor]
+
+
+def class_moments(features: Tensor,
+                  labels: Tensor,
+                  num_classes: int,
+                  ignore_index: int = IGNORE) -> Moments:
+    """Moments of one batch; those of an absent class are 0.
+
+    Two passes over the batch and memory of its size, not C times it. No host
+    sync.
+
+    Args:
+        features (Tensor): ``(N, D)``.
+        labels (Tensor): Class ids, int64, ``(N,)``; ids outside
+            ``[0, num_classes)`` are ignored.
+        num_classes (int): Number of classes C.
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Moments: count, mean and m2; at least float32.
+    """
+    features = features.to(
+        torch.promote_types(features.dtype, torch.float32))
+    known = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    # Ignored rows are a class of their own, which is cut off at the end.
+    ids = torch.where(known, labels, num_classes)
+    count = ids.new_zeros(num_classes + 1)
+    count.index_add_(0, ids, torch.ones_like(ids))
+    zeros = features.new_zeros(num_classes + 1, features.shape[1])
+    mean = zeros.index_add(0, ids, features) / count.clamp_min(1).unsqueeze(1)
+    m2 = zeros.index_add(0, ids, (features - mean[ids]).square())
+    return count[:-1], mean[:-1], m2[:-1]
+
+
+def merge_moments(first: Moments, second: Moments) -> Moments:
+    r"""Moments of two sets of vectors together, exactly.
+
+    .. math::
+        \mu = \mu_a + \frac{n_b}{n} (\mu_b - \mu_a), \quad
+        M = M_a + M_b + \frac{n_a n_b}{n} (\mu_b - \mu_a)^2
+
+    Chan, Golub and LeVeque, 1983. A class that is absent from one set keeps
+    the values of the other.
+
+    Args:
+        first (Moments): a, for instance all that has been seen.
+        second (Moments): b, for instance one batch.
+
+    Returns:
+        Moments: count, mean and m2, in the dtype of the first.
+    """
+    dtype = first[1].dtype
+    count = first[0] + second[0]
+    share = (second[0].to(dtype) / count.clamp_min(1).to(dtype)).unsqueeze(1)
+    change = second[1].to(dtype) - first[1]
+    mean = first[1] + share * change
+    both = first[0].to(dtype).unsqueeze(1) * share
+    return count, mean, first[2] + second[2].to(dtype) + both * change**2
+
+
+def class_variance(moments: Moments) -> Tensor:
+    """Biased variance of each class, ``(C, D)``; 0 for an absent one."""
+    count, _, m2 = moments
+    return m2 / count.clamp_min(1).to(m2.dtype).unsqueeze(1)

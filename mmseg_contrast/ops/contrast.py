@@ -1,0 +1,240 @@
+r"""Contrast of feature vectors with what is known of each class.
+
+Nearly all contrastive losses of the field are one function. An anchor i of
+class y has an energy :math:`E_{ic}` with every class and a similarity
+:math:`s_{ip}` with every positive:
+
+.. math::
+    L = \frac{1}{|A|} \sum_{i \in A} \frac{1}{|P_i|} \sum_{p \in P_i} \Big[
+    \log \big(o_{ip} + \sum_{c \ne y_i} e^{E_{ic}} \big) - s_{ip} \Big]
+
+where the own term :math:`o_{ip}` is :math:`e^{s_{ip}}` or
+:math:`e^{E_{i y_i}}`. Minus infinity stands for what does not exist: a class
+not yet seen, an empty place in a bank.
+
+Everything is at least float32, also inside autocast, and waits for no device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+ABSENT = -float('inf')
+
+
+def _similarities(anchors: Tensor, keys: Tensor, tau: float) -> Tensor:
+    """Inner products over tau, ``(N, K)``, in full precision."""
+    dtype = torch.promote_types(anchors.dtype, torch.float32)
+    with torch.autocast(anchors.device.type, enabled=False):
+        return anchors.to(dtype) @ keys.to(dtype).T / tau
+
+
+def _known(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return ((labels >= 0) & (labels < num_classes)
+            & (labels != ignore_index))
+
+
+def prototype_energies(anchors: Tensor, mean: Tensor, tau: float,
+                       present: Tensor | None = None) -> Tensor:
+    r"""Energy with one vector for each class: :math:`f^T \mu_c / \tau`.
+
+    Args:
+        anchors (Tensor): f, ``(N, D)``.
+        mean (Tensor): :math:`\mu`, ``(C, D)``.
+        tau (float): Temperature, > 0.
+        present (Tensor, optional): bool, ``(C,)``: classes that have been
+            seen. None: all.
+
+    Returns:
+        Tensor: ``(N, C)``, minus infinity for absent classes.
+    """
+    energies = _similarities(anchors, mean, tau)
+    return energies if present is None else energies.masked_fill(
+        ~present, ABSENT)
+
+
+def gaussian_energies(anchors: Tensor, mean: Tensor, variance: Tensor,
+                      tau: float, present: Tensor | None = None) -> Tensor:
+    r"""Energy with a normal distribution for each class.
+
+    .. math:: \log E[e^{f^T k / \tau}] = f^T \mu_c / \tau
+        + (f^2)^T \sigma_c^2 / (2 \tau^2)
+
+    for keys k with a diagonal covariance: infinitely many keys per class at
+    once (SDCA, Li et al., 2021; SePiCo, Xie et al., 2023).
+
+    Args:
+        anchors (Tensor): f, ``(N, D)``.
+        mean (Tensor): :math:`\mu`, ``(C, D)``.
+        variance (Tensor): :math:`\sigma^2`, ``(C, D)``.
+        tau (float): Temperature, > 0.
+        present (Tensor, optional): See :func:`prototype_energies`.
+
+    Returns:
+        Tensor: ``(N, C)``, minus infinity for absent classes.
+    """
+    # Squares of half-precision anchors would lose half of their digits.
+    wide = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    spread = _similarities(wide.square(), variance, 2 * tau**2)
+    return prototype_energies(anchors, mean, tau, present) + spread
+
+
+def bank_energies(anchors: Tensor, keys: Tensor, filled: Tensor, tau: float
+                  ) -> Tensor:
+    r"""Mean similarity with the keys of each class.
+
+    Args:
+        anchors (Tensor): f, ``(N, D)``.
+        keys (Tensor): ``(C, L, D)``.
+        filled (Tensor): bool, ``(C, L)``: which places hold a key.
+        tau (float): Temperature, > 0.
+
+    Returns:
+        Tensor: ``(N, C)``, minus infinity for classes without a key.
+    """
+    count = filled.sum(1)
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    total = torch.where(filled.unsqueeze(2), keys, 0.).sum(1)
+    # The mean of inner products is the inner product with the mean.
+    mean = total / count.clamp_min(1).unsqueeze(1)
+    return prototype_energies(anchors, mean, tau, count > 0)
+
+
+def own_class(energies: Tensor, labels: Tensor, ignore_index: int = IGNORE
+              ) -> Tensor:
+    """Each anchor's entry for its own class, as its only positive.
+
+    Args:
+        energies (Tensor): ``(N, C)``, see :func:`prototype_energies`.
+        labels (Tensor): int64, ``(N,)``.
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Tensor: ``(N, 1)``, minus infinity for anchors without a class.
+    """
+    known = _known(labels, energies.shape[1], ignore_index).unsqueeze(1)
+    ids = labels.unsqueeze(1).where(known, labels.new_zeros(()))
+    return energies.gather(1, ids).masked_fill(~known, ABSENT)
+
+
+def bank_positives(anchors: Tensor, labels: Tensor, keys: Tensor,
+                   filled: Tensor, tau: float, ignore_index: int = IGNORE
+                   ) -> Tensor:
+    """Similarities with all keys of the anchor's own class.
+
+    Args:
+        anchors (Tensor): ``(N, D)``.
+        labels (Tensor): int64, ``(N,)``.
+        keys (Tensor): ``(C, L, D)``.
+        filled (Tensor): bool, ``(C, L)``: which places hold a key.
+        tau (float): Temperature, > 0.
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Tensor: ``(N, L)``, minus infinity where there is no key or class.
+    """
+    classes, length = filled.shape
+    every = _similarities(anchors, keys.flatten(0, 1), tau)
+    every = every.masked_fill(~filled.flatten(), ABSENT)
+    known = _known(labels, classes, ignore_index).view(-1, 1, 1)
+    ids = labels.view(-1, 1, 1).where(known, labels.new_zeros(()))
+    own = every.view(-1, classes, length).gather(
+        1, ids.expand(-1, 1, length)).squeeze(1)
+    return own.masked_fill(~known.squeeze(2), ABSENT)
+
+
+def contrast_loss(energies: Tensor,
+                  positives: Tensor,
+                  labels: Tensor,
+                  own: str = 'energy',
+                  ignore_index: int = IGNORE) -> Tensor:
+    """The loss at the top of this file.
+
+    Anchors without a class, or whose class has no positive, do not count;
+    without any anchor the loss is 0, of the graph, with zero gradients.
+
+    Args:
+        energies (Tensor): E, ``(N, C)``; minus infinity for absent classes.
+        positives (Tensor): s, ``(N, P)``; minus infinity for absent ones.
+        labels (Tensor): y, int64, ``(N,)``; ids outside ``[0, C)`` are
+            ignored.
+        own (str): 'energy' puts the energy with the own class into the
+            denominator (cross entropy, SupCon), 'positive' each positive
+            itself (InfoNCE).
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Tensor: 0-d, float32 or wider.
+
+    Raises:
+        ValueError: If ``own`` is neither.
+    """
+    if own not in ('energy', 'positive'):
+        raise ValueError(
+            f"own = {own!r} must be 'energy' or 'positive'")
+    dtype = torch.promote_types(energies.dtype, torch.float32)
+    energies, positives = energies.to(dtype), positives.to(dtype)
+    known = _known(labels, energies.shape[1], ignore_index).unsqueeze(1)
+    ids = labels.unsqueeze(1).where(known, labels.new_zeros(()))
+    own_term = positives if own == 'positive' else energies.gather(1, ids)
+    # Not isfinite: a NaN must show.
+    counts = known & (positives != ABSENT) & (own_term != ABSENT)
+    # Far below every energy, but not minus infinity, whose gradient is NaN
+    # if an anchor's class is the only one.
+    floor = torch.finfo(dtype).min / 2
+    others = energies.clamp_min(floor).scatter(1, ids, floor).logsumexp(
+        1, keepdim=True)
+    positives = positives.where(counts, positives.new_zeros(()))
+    own_term = own_term.where(counts, own_term.new_zeros(()))
+    # log(exp(own) + exp(others)) - own, exact in both tails.
+    terms = own_term - positives - F.logsigmoid(own_term - others)
+    terms = terms.where(counts, terms.new_zeros(()))
+    number = counts.sum(1)
+    each = terms.sum(1) / number.clamp_min(1)
+    return each.sum() / (number > 0).sum().clamp_min(1)
+
+
+def contrast_regularizer(anchors: Tensor,
+                         labels: Tensor,
+                         mean: Tensor,
+                         tau: float,
+                         present: Tensor | None = None,
+                         ignore_index: int = IGNORE) -> Tensor:
+    r"""SePiCo's regulariser on the mean anchor.
+
+    .. math:: \frac{1}{C \ln C} \sum_c \log softmax(\bar f^T \mu / \tau)_c
+
+    It is -1 where all classes are equally near and falls as one class
+    dominates; the published sign, with a plus in the loss, is kept.
+
+    Args:
+        anchors (Tensor): ``(N, D)``; those with a label are averaged.
+        labels (Tensor): int64, ``(N,)``.
+        mean (Tensor): :math:`\mu`, ``(C, D)``.
+        tau (float): Temperature, > 0.
+        present (Tensor, optional): bool, ``(C,)``; the sum runs over these
+            classes and C is their number. None: all, as published.
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Tensor: 0-d; 0 without an anchor or with less than two classes.
+    """
+    dtype = torch.promote_types(anchors.dtype, torch.float32)
+    known = _known(labels, len(mean), ignore_index)
+    kept = anchors.to(dtype).where(known.unsqueeze(1), anchors.new_zeros(
+        (), dtype=dtype))
+    number = known.sum()
+    centre = kept.sum(0, keepdim=True) / number.clamp_min(1)
+    if present is None:
+        present = torch.ones_like(mean[:, 0], dtype=torch.bool)
+    energies = prototype_energies(centre, mean, tau).squeeze(0)
+    floor = torch.finfo(dtype).min / 2
+    logs = energies.masked_fill(~present, floor).log_softmax(0)
+    total = logs.where(present, logs.new_zeros(())).sum()
+    classes = present.sum()
+    scale = classes.clamp_min(2).to(dtype)
+    defined = (number > 0) & (classes > 1)
+    return total / (scale * scale.log()) * defined

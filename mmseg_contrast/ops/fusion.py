@@ -1,0 +1,96 @@
+"""Logits of a coarse view of the whole image and of fine views of parts.
+
+HRDA (Hoyer et al., ECCV 2022): the context sees the image at low resolution,
+the detail a crop at high resolution; an attention, predicted from the
+context, says class by class where the detail is to be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .crop_box import Box, crop_to_box, scale_box
+
+
+def _on_canvas(part: Tensor, box: Box, size: Sequence[int]) -> Tensor:
+    """Zeros of ``size`` with the part in its box."""
+    top, bottom, left, right = box
+    return F.pad(part, (left, size[1] - right, top, size[0] - bottom))
+
+
+def fuse_detail(context: Tensor,
+                detail: Tensor,
+                attention: Tensor,
+                box: Box | None = None,
+                factor: int = 2,
+                align_corners: bool = False) -> Tensor:
+    r"""Detail where the attention says so, context elsewhere.
+
+    .. math:: up((1 - m a) \odot c) + up(m a) \odot d
+
+    m is 1 inside the box; the attention is masked before it is up-sampled,
+    so the border of the crop is soft.
+
+    Args:
+        context (Tensor): c, logits of the whole image, ``(N, C, h, w)``.
+        detail (Tensor): d, logits of the box, ``(N, C, H', W')``.
+        attention (Tensor): a in [0, 1], ``(N, C, h, w)`` or
+            ``(N, 1, h, w)``.
+        box (Box, optional): Where the detail lies, in its own cells. None if
+            it covers the image, as that of sliding windows does.
+        factor (int): Cells of the detail for each of the context's. Without
+            a box the detail's own size is what counts.
+        align_corners (bool): Of the bilinear up-sampling.
+
+    Returns:
+        Tensor: Logits at the detail's resolution: ``(N, C, h * factor,
+        w * factor)``, without a box those of the detail.
+
+    Raises:
+        ValueError: If the detail does not have the size of its box, or the
+            box no whole number of the context's cells.
+    """
+    size = detail.shape[-2:]
+    if box is not None:
+        top, bottom, left, right = box
+        if size != (bottom - top, right - left):
+            raise ValueError(
+                f'logits of {size[0]} x {size[1]} cells do not fill the box '
+                f'{box} (top, bottom, left, right)')
+        coarse = context.shape[-2:]
+        size = torch.Size(side * factor for side in coarse)
+        inside = scale_box(box, factor)
+        attention = _on_canvas(crop_to_box(attention, inside), inside, coarse)
+        detail = _on_canvas(detail, box, size)
+
+    def up(maps: Tensor) -> Tensor:
+        return F.interpolate(
+            maps, size=tuple(size), mode='bilinear',
+            align_corners=align_corners)
+
+    return up((1 - attention) * context) + up(attention) * detail
+
+
+def merge_windows(windows: Tensor, boxes: Sequence[Box],
+                  size: tuple[int, int]) -> Tensor:
+    """Mean of overlapping windows.
+
+    Args:
+        windows (Tensor): ``(K, N, C, h, w)``, one for each box.
+        boxes (Sequence[Box]): K boxes of h x w that cover all of ``size``,
+            see :func:`mmseg_contrast.ops.slide_boxes`.
+        size (tuple): Height and width of the result.
+
+    Returns:
+        Tensor: ``(N, C, *size)``.
+    """
+    total = windows.new_zeros(*windows.shape[1:3], *size)
+    count = windows.new_zeros(size)
+    for window, box in zip(windows, boxes, strict=True):
+        crop_to_box(total, box).add_(window)
+        crop_to_box(count, box).add_(1)
+    return total / count
