@@ -14,6 +14,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 
 from mmseg_contrast.environment import allow_checkpoint_classes
@@ -183,6 +186,125 @@ def test_train_resume_and_test(config, run, tmp_path):
     assert used.model.module.type == 'EncoderDecoder'
     assert used.test_dataloader.dataset.pipeline[1].type == 'TestTimeAug'
     assert 0 < results_of(tmp_path / 'tta')['mIoU'] <= 100
+
+
+SERVER = '''
+_base_ = ['tiny.py']
+image = dict(
+    type='BaseSegDataset',
+    data_root={data!r},
+    img_suffix='.png',
+    metainfo=dict(classes=('dark', 'bright'), palette=[[0] * 3, [255] * 3]),
+    # As for val: what loads labels is taken out.
+    pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(16, 16)),
+        dict(type='LoadAnnotations'),
+        dict(type='PackSegInputs')
+    ])
+server_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='ConcatDataset',
+        datasets=[
+            dict(image, data_prefix=dict(img_path='fog')),
+            dict(image, data_prefix=dict(img_path='rain')),
+        ]))
+server_evaluator = dict(type='SubmissionMetric', format='plain')
+'''
+
+
+@pytest.fixture
+def server(config, tmp_path):
+    """Test images of two folders without labels."""
+    random = np.random.default_rng(1)
+    for folder, number in (('fog', 0), ('rain', 1), ('rain', 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        image = random.integers(0, 256, (32, 24, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / folder / f'{number}.png'), image)
+    path = tmp_path / 'server.py'
+    path.write_text(SERVER.format(data=str(tmp_path)))
+    torch.manual_seed(0)
+    cfg = Config.fromfile(config)
+    torch.save(
+        dict(state_dict=MODELS.build(cfg.model).state_dict()),
+        tmp_path / 'net.pth')
+    return path
+
+
+def expected(config, weights, image):
+    """Prediction of the net for one image, without tools and metrics."""
+    cfg = Config.fromfile(config)
+    model = MODELS.build(cfg.model).eval()
+    model.load_state_dict(torch.load(weights)['state_dict'])
+    bgr = cv2.resize(cv2.imread(str(image)), (16, 16))
+    inputs = torch.from_numpy(bgr).permute(2, 0, 1)
+    sample = SegDataSample(metainfo=dict(
+        img_shape=(16, 16), ori_shape=(32, 24), flip=False))
+    with torch.no_grad():
+        done, = model.test_step(dict(inputs=[inputs], data_samples=[sample]))
+    return done.pred_sem_seg.data[0].numpy()
+
+
+@pytest.mark.parametrize('tta', [False, True])
+def test_server_split_without_labels(server, config, run, tmp_path, tta):
+    out = tmp_path / 'upload'
+    # The visualization meets images without labels too.
+    run('test.py', server, tmp_path / 'net.pth', '--server', '--out', out,
+        '--work-dir', tmp_path / 'work', '--show-dir', 'painted',
+        *(['--tta'] if tta else []))
+    names = [f'predictions/{number}.png' for number in range(3)]
+    assert sorted(str(p.relative_to(out)) for p in out.rglob('*.*')) == [
+        *names, 'submission.zip']
+    seen = set()
+    for folder, name in zip(('fog', 'rain', 'rain'), names, strict=True):
+        written = cv2.imread(str(out / name), cv2.IMREAD_UNCHANGED)
+        assert written.shape == (32, 24) and written.dtype == np.uint8
+        seen |= set(np.unique(written))
+        if not tta:
+            assert (written == expected(
+                config, tmp_path / 'net.pth',
+                tmp_path / folder / Path(name).name)).all()
+    assert seen == {0, 1}
+    assert len(list((tmp_path / 'painted').rglob('test_*.png'))) == 3
+    used = Config.fromfile(tmp_path / 'work' / 'server.py')
+    assert (used.model.type == 'UDATTAModel') == tta
+    # val's evaluator is another one and stays out of it
+    assert used.test_evaluator.type == 'SubmissionMetric'
+
+
+def test_server_needs_a_split_and_a_folder(server, config, run, capsys):
+    with pytest.raises(SystemExit):
+        run('test.py', server, 'x.pth', '--server')
+    assert 'error: --server needs --out' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run('test.py', config, 'x.pth', '--server', '--out', 'upload')
+    assert ('error: --server needs server_dataloader in the config'
+            in capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        run('test.py', server, 'x.pth', '--server', '--out', 'upload',
+            '--cfg-options', 'server_evaluator=None')
+    assert 'needs server_evaluator in the config' in capsys.readouterr().err
+    # a checkpoint that isn't there was looked for by none of these
+    assert not Path('upload').exists()
+
+
+def test_pipelines_without_labels():
+    without = runpy.run_path(str(TOOLS / 'test.py'))['without_labels']
+    load, pack = dict(type='LoadImageFromFile'), dict(type='PackSegInputs')
+    labels = dict(type='LoadAnnotations', reduce_zero_label=True)
+    flips = [dict(type='RandomFlip', prob=p) for p in (0., 1.)]
+    pipeline = [load, dict(type='TestTimeAug', transforms=[
+        flips, [labels], [pack]])]
+    # Of an empty list of choices TestTimeAug would make no copy at all.
+    assert without(pipeline) == [load, dict(
+        type='TestTimeAug', transforms=[flips, [pack]])]
+    assert pipeline[1]['transforms'][1] == [labels]  # unchanged
+    unknown = dict(type='FromElsewhere')
+    assert without([load, dict(type=LoadAnnotations), unknown, labels]) == [
+        load, unknown]
 
 
 def test_amp_exchanges_the_wrapper():

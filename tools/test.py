@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,10 +14,11 @@ if (ROOT / 'mmseg_contrast').is_dir():  # a clone tests its own code
     sys.path.insert(0, str(ROOT))
 
 import mmseg_contrast  # noqa: E402, F401, I001  its import error comes first
+from mmcv.transforms import LoadAnnotations  # noqa: E402
 from mmengine.config import Config, ConfigDict, DictAction  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
-from mmseg.registry import METRICS, RUNNERS  # noqa: E402
+from mmseg.registry import METRICS, RUNNERS, TRANSFORMS  # noqa: E402
 
 from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
 
@@ -30,6 +32,11 @@ def parse_args() -> argparse.Namespace:
         '--work-dir', help='folder for the metrics, written as JSON')
     parser.add_argument(
         '--out', help='folder for the predictions, for offline evaluation')
+    parser.add_argument(
+        '--server',
+        action='store_true',
+        help="predict the config's server_dataloader, a test split without "
+        'labels, and write what its test server takes to the folder --out')
     parser.add_argument(
         '--show', action='store_true', help='show the predictions')
     parser.add_argument(
@@ -84,6 +91,78 @@ def enable_visualization(cfg: Config, show: bool, show_dir: str | None,
         cfg.visualizer.save_dir = show_dir
 
 
+def inner_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """Configs of the datasets inside wrappers.
+
+    Args:
+        dataset (ConfigDict): A dataset, or wrappers (``MappedDataset``,
+            ``ConcatDataset``, ...) around some.
+
+    Yields:
+        ConfigDict: Every innermost dataset.
+    """
+    inner = dataset.get('datasets', [])
+    if 'dataset' in dataset:
+        inner = [*inner, dataset.dataset]
+    for one in inner:
+        yield from inner_datasets(one)
+    if not inner:
+        yield dataset
+
+
+def without_labels(pipeline: list) -> list:
+    """A pipeline that reads no label file.
+
+    Args:
+        pipeline (list): Configs of transforms, ``TestTimeAug`` among them.
+
+    Returns:
+        list: The same, less what loads annotations.
+    """
+    kept = []
+    for step in pipeline:
+        if isinstance(step, list):  # the choices of TestTimeAug
+            step = without_labels(step)
+            if step:  # of no choice at all it would make no copy
+                kept.append(step)
+            continue
+        kind = step['type']
+        kind = TRANSFORMS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, type) and issubclass(kind, LoadAnnotations):
+            continue
+        if 'transforms' in step:
+            step = dict(step, transforms=without_labels(step['transforms']))
+        kept.append(step)
+    return kept
+
+
+def use_server_split(cfg: Config, folder: str | None) -> None:
+    """Test on the split whose labels only a server has.
+
+    Args:
+        cfg (Config): The config, changed in place.
+        folder (str, optional): Where the predictions go.
+
+    Raises:
+        ValueError: If there is no folder or the config has no such split.
+    """
+    if folder is None:
+        raise ValueError(
+            '--server needs --out, the folder for what will be uploaded.')
+    for key in ('server_dataloader', 'server_evaluator'):
+        if cfg.get(key) is None:
+            raise ValueError(
+                f'--server needs {key} in the config, the test split without '
+                'labels and its metric; docs/evaluation.md shows both.')
+    cfg.test_dataloader = cfg.server_dataloader
+    cfg.test_evaluator = cfg.server_evaluator
+    for dataset in inner_datasets(cfg.test_dataloader.dataset):
+        if 'pipeline' in dataset:
+            dataset.pipeline = without_labels(dataset.pipeline)
+    if 'tta_pipeline' in cfg:
+        cfg.tta_pipeline = without_labels(cfg.tta_pipeline)
+
+
 def enable_tta(cfg: Config) -> None:
     """Wrap the model and exchange the pipeline for test-time augmentation.
 
@@ -98,10 +177,8 @@ def enable_tta(cfg: Config) -> None:
             raise ValueError(
                 f'--tta needs {key} in the config; '
                 'configs/_base_/default_runtime.py has one.')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # wrappers such as RepeatDataset
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in inner_datasets(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.tta_pipeline
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
 
@@ -155,6 +232,8 @@ def main() -> None:
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
     cfg.load_from = args.checkpoint
 
+    if args.server:
+        use_server_split(cfg, args.out)
     if args.show or args.show_dir:
         enable_visualization(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:

@@ -1,5 +1,6 @@
 """Streams of datasets, label maps, sampling, and the embedded streets."""
 
+from .benchmarks import ACDCDataset, GTADataset, SynthiaDataset
 from .class_stats import class_statistics
 from .label_map import LabelMap
 from .mapped import MappedDataset
@@ -20,8 +21,9 @@ from .transforms import (
 )
 
 __all__ = [
-    'LabelMap', 'LoadSyntheticImage', 'LoadSyntheticLabels', 'MapLabelIds',
-    'MappedDataset', 'MarkValidRegion', 'PackStreamInputs', 'PadValidRegion',
-    'PositionSampler', 'RareClassDraw', 'Stream', 'StreamDataset',
-    'SyntheticStreets', 'class_statistics', 'rare_class_probabilities'
+    'ACDCDataset', 'GTADataset', 'LabelMap', 'LoadSyntheticImage',
+    'LoadSyntheticLabels', 'MapLabelIds', 'MappedDataset', 'MarkValidRegion',
+    'PackStreamInputs', 'PadValidRegion', 'PositionSampler', 'RareClassDraw',
+    'Stream', 'StreamDataset', 'SynthiaDataset', 'SyntheticStreets',
+    'class_statistics', 'rare_class_probabilities'
 ]

@@ -1,5 +1,6 @@
 """Metrics."""
 
 from .iou import FieldIoUMetric
+from .submission import SubmissionMetric
 
-__all__ = ['FieldIoUMetric']
+__all__ = ['FieldIoUMetric', 'SubmissionMetric']

@@ -18,6 +18,8 @@ model = dict(
     predict_with='both',
     **uda)
 train_dataloader = _base_.pair.train_dataloader
+train_dataloader.dataset.streams.source.rare_class = dict(
+    temperature=0.05, min_pixels=0.005)
 val_dataloader = test_dataloader = _base_.pair.test_dataloader
 test_pipeline = test_dataloader.dataset.pipeline
 val_evaluator = test_evaluator = [
