@@ -30,7 +30,7 @@ def gradients(model, data):
 def test_each_forward_is_computed_once(monkeypatch):
     model = build()
     counts = dict(student=0, teacher=0)
-    real = model.segmentor.extract_feat
+    real = model.segmentor.backbone.forward
     taught = model.teachers['ema'].model.encode_decode
 
     def student(*args):
@@ -41,7 +41,7 @@ def test_each_forward_is_computed_once(monkeypatch):
         counts['teacher'] += 1
         return taught(*args)
 
-    monkeypatch.setattr(model.segmentor, 'extract_feat', student)
+    monkeypatch.setattr(model.segmentor.backbone, 'forward', student)
     monkeypatch.setattr(model.teachers['ema'].model, 'encode_decode', teacher)
     run(model, batch())
     assert counts == dict(student=2, teacher=1)
@@ -50,8 +50,8 @@ def test_each_forward_is_computed_once(monkeypatch):
         source=dict(type='Segmentation', view='source'),
         again=dict(type='Segmentation', view='source'),
         mixed=dict(type='Segmentation', view='mixed_strong'))))
-    real = model.segmentor.extract_feat
-    monkeypatch.setattr(model.segmentor, 'extract_feat', student)
+    real = model.segmentor.backbone.forward
+    monkeypatch.setattr(model.segmentor.backbone, 'forward', student)
     counts.update(student=0)
     run(model, batch())
     assert counts['student'] == 2
