@@ -21,14 +21,14 @@ STD = torch.tensor([58.395, 57.12, 57.375]).double().view(3, 1, 1)
 RATE = 0.05
 
 
-def draws_of(generator):
-    """All random numbers of one iteration."""
+def draws_of(generator, i):
+    """All random numbers of one iteration; both switches are on and off."""
     def uniform(*shape):
         return torch.rand(*shape, generator=generator).double()
 
     return dict(
-        jitter=bool(uniform(()) > 0.2),
-        blur=bool(uniform(()) > 0.5),
+        jitter=i != 2,
+        blur=i != 1,
         picks=[torch.randperm(CLASSES + 1, generator=generator)
                for _ in range(BATCH)],
         factors=torch.cat([0.8 + 0.4 * uniform(BATCH, 3),
@@ -72,7 +72,8 @@ class Transcription:
             for label in range(CLASSES):
                 here = (labels[n] == label).double() * weights[n]
                 total = total - (log_probs[n, label] * here).sum()
-        return total / labels.numel()
+        # mmseg adds float32's eps to the number of pixels: 6e-11 here.
+        return total / (labels.numel() + torch.finfo(torch.float32).eps)
 
     def thing_mask(self, labels):
         cells = SIZE // 4
@@ -97,7 +98,8 @@ class Transcription:
             else:
                 pixels = [self.shift(pixel, operation, saturation, hue)
                           for pixel in image.flatten(1).T.tolist()]
-                image = torch.tensor(pixels).double().T.view(3, SIZE, SIZE)
+                image = torch.tensor(pixels, dtype=torch.float64).T.view(
+                    3, SIZE, SIZE)
         return (image * 255 - MEAN) / STD
 
     def shift(self, pixel, operation, saturation, hue):
@@ -238,11 +240,9 @@ def test_reference_three_iterations():
     model.objectives['feature_distance'].freeze(copy.deepcopy(encoder))
 
     generator = torch.Generator().manual_seed(4)
-    seen = []
-    for _ in range(3):
+    for i in range(3):
         source, target, labels = batch_of(generator)
-        draws = draws_of(generator)
-        seen.append((draws['jitter'], draws['blur']))
+        draws = draws_of(generator, i)
         inject(model, draws)
         wanted, q = plain.step(source, target, labels, draws)
         assert 0.05 < q < 0.95
@@ -255,7 +255,6 @@ def test_reference_three_iterations():
             'source.decode.loss_ce',
             'feature_distance.loss_feature_distance',
             'mixed.decode.loss_ce')]
-        print([a - b for a, b in zip(found, wanted)], draws["jitter"], draws["blur"], q)
         assert max(abs(a - b) for a, b in zip(
             found, wanted, strict=True)) < 1e-9
         for (name, mine), its in zip(model.segmentor.named_parameters(),
@@ -269,6 +268,3 @@ def test_reference_three_iterations():
         for mine, its in zip(model.teachers['ema'].model.parameters(),
                              plain.teacher.parameters(), strict=True):
             torch.testing.assert_close(mine, its, rtol=0, atol=1e-9)
-    # Each augmentation was on and off at least once.
-    assert {one for one, _ in seen} == {True, False} == {
-        two for _, two in seen}

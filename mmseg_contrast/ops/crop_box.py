@@ -49,7 +49,7 @@ def draw_crop_box(height: int,
                 f'into an image of {height} x {width}; use a smaller one')
         places = margin // divisor + 1
         if not include_last:
-            places = max((margin + 1) // divisor, 1)
+            places = (margin + 1) // divisor
         offsets.append(int(uniform * places) * divisor)
     top, left = offsets
     return top, top + crop[0], left, left + crop[1]

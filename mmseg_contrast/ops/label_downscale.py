@@ -23,7 +23,7 @@ def downscale_labels(labels: Tensor,
 
     Args:
         labels (Tensor): Class ids, int64, ``(N, H, W)``; ids outside
-            ``[0, num_classes)`` and ``ignore_index`` are ignored.
+            ``[0, num_classes)`` are ignored.
         factor (int): Side of a cell in pixels; divides H and W.
         num_classes (int): Number of classes C.
         min_ratio (float): In [0, 1].
@@ -41,16 +41,14 @@ def downscale_labels(labels: Tensor,
             f'labels of {height} x {width} pixels have no whole number of '
             f'cells of {factor} x {factor}; use a crop whose sides are '
             f'multiples of {factor}')
-    inside = ((labels >= 0) & (labels < num_classes)
-              & (labels != ignore_index))
+    inside = (labels >= 0) & (labels < num_classes)
     ids = torch.where(inside, labels, num_classes)
-    cells = ids.reshape(samples, height // factor, factor, width // factor,
-                        factor).transpose(2, 3).flatten(3)
+    cells = ids.view(samples, height // factor, factor, width // factor,
+                     factor).transpose(2, 3).flatten(3)
     counts = torch.zeros(
         *cells.shape[:3], num_classes + 1, dtype=torch.int32,
         device=labels.device)
     counts.scatter_add_(3, cells, counts.new_ones(()).expand_as(cells))
     most, winner = counts.max(3)
-    # In float64 the share is as exact as the number it is compared with.
-    clear = most.double() / factor**2 >= min_ratio
+    clear = most / factor**2 >= min_ratio
     return torch.where(clear & (winner < num_classes), winner, ignore_index)
