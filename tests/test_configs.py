@@ -1,6 +1,7 @@
 """Every shipped config is built; the README's example too."""
 
 import ast
+import copy
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mmengine.registry import build_from_cfg
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
 
 from helpers import sample
-from mmseg_contrast.adaptation import UDASegmentor
+from mmseg_contrast.adaptation import FeatureDistance, UDASegmentor
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path for path in (ROOT / 'configs').rglob('*.py')
@@ -21,16 +22,33 @@ NAMES = [str(path.relative_to(ROOT / 'configs')) for path in SHIPPED]
 
 
 def test_configs_are_found():
-    assert len(SHIPPED) >= 11
     assert {name.split('/')[0] for name in NAMES} >= {
-        'quickstart', 'dacs', 'benchmarks'}
+        'quickstart', 'dacs', 'benchmarks', 'daformer', 'source_only'}
+    # Four benchmarks by three methods, five smaller encoders, four parts
+    # left out, three other decoders.
+    large = [name for name in NAMES if '512x512' in name]
+    assert len(large) == 4 * 3 + 5 + 4 + 3
+
+
+def smaller(cfg):
+    """The same network with fewer blocks: what is tested is the config."""
+    backbone = cfg.model.segmentor.backbone
+    if backbone.type == 'ReferenceMixVisionTransformer':
+        backbone.num_layers = (1, 1, 1, 1)
+    elif backbone.type == 'ResNetV1c':
+        backbone.depth = 50
+    return cfg
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_a_shipped_config_builds_and_takes_a_step(path):
-    cfg = Config.fromfile(path)
+    cfg = smaller(Config.fromfile(path))
     model = MODELS.build(cfg.model)
     assert isinstance(model, UDASegmentor)
+    for objective in model.objectives.values():
+        if isinstance(objective, FeatureDistance):
+            # The download is not tried.
+            objective.freeze(copy.deepcopy(model.backbone))
     streams = cfg.train_dataloader.dataset.streams
     for name, options in streams.items():
         assert DATASETS.get(options.dataset.type), name
@@ -44,18 +62,23 @@ def test_a_shipped_config_builds_and_takes_a_step(path):
     for metric in evaluators if isinstance(evaluators, list) else [
             evaluators]:
         METRICS.build(metric)
+    if 'server_evaluator' in cfg:
+        METRICS.build(cfg.server_evaluator)
+        assert DATASETS.get(cfg.server_dataloader.dataset.type)
     assert model.num_classes == cfg.pair.num_classes
     side = 64
     gen = torch.Generator().manual_seed(0)
     labels = torch.randint(0, model.num_classes, (2, side, side),
                            generator=gen)
     images = torch.randn(2, 3, side, side, generator=gen)
+    batch = dict(
+        source=(images, [sample(one, (side, side)) for one in labels]),
+        target=(images.flip(0), [sample(None, (side, side))] * 2))
     losses = model.train()(
-        dict(source=images, target=images.flip(0)),
-        dict(source=[sample(one, (side, side)) for one in labels],
-             target=[sample(None, (side, side))] * 2), mode='loss')
+        {name: batch[name][0] for name in streams},
+        {name: batch[name][1] for name in streams}, mode='loss')
     assert all(torch.isfinite(value).all() for value in losses.values())
-    assert sum('loss' in key for key in losses) >= 2
+    assert sum('loss' in key for key in losses) >= len(streams)
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
@@ -82,7 +105,7 @@ def test_the_data_of_a_shipped_config_load(path, monkeypatch):
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_a_shipped_config_is_short(path):
     lines = [line for line in path.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 35
+    assert len(lines) <= (25 if '512x512' in path.name else 35)
 
 
 def test_the_example_of_the_readme_wraps_a_stock_config(tmp_path):

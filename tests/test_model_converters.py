@@ -27,6 +27,7 @@ from mmseg_contrast.models.legacy import (
     fit,
     mit_shape,
     read_weights,
+    table,
     take_part,
     write_weights,
 )
@@ -468,6 +469,9 @@ def test_prefixes_are_prefixes():
     plain = {'backbone.x': two, 'decode_head.y': two, 'imnet_model.z': one}
     assert take_part(plain, 'student') == (
         {'backbone.x': two, 'decode_head.y': two}, '')
+    assert table(plain, '', ['decode_head.y']).splitlines()[2:] == [
+        '  imnet_model      1  another model (--part imnet)',
+        '  decode_head.y    1  the model has no such key']
     with pytest.raises(ValueError, match=r'no teacher \(ema_model\. or .*'
                        r'begin with backbone \(1\), decode_head \(1\), '
                        r'imnet_model \(1\)\.'):
@@ -537,6 +541,16 @@ def test_another_number_of_classes_names_both_shapes(
         '(6, 16, 1, 1) in the model',
         '  decode_head.conv_seg.bias: (19,) in the file, (6,) in the model',
         f'{source} may have other classes: see decode_head.num_classes.']
+
+
+def test_only_what_fits_is_placed():
+    state = dict(a=torch.ones(1), b=torch.ones(2), c=torch.ones(3))
+    result = fit(convert_student(state), dict(
+        b=torch.ones(3), c=torch.zeros(3), d=torch.ones(1)))
+    assert result.placed == dict(c=state['c'])
+    assert result.unplaced == ('a', )
+    assert result.missing == ('d', )
+    assert result.wrong_shape == dict(b=((2, ), (3, )))
 
 
 def test_existing_files_stay(config, tmp_path, monkeypatch, capsys):
@@ -654,6 +668,11 @@ def test_reading_leaves_the_allow_list_as_it_was(mic_file, tmp_path):
         torch.load(path, weights_only=True)
 
 
+def test_parameters_become_plain_tensors(tmp_path):
+    torch.save(dict(x=torch.nn.Parameter(torch.ones(1))), tmp_path / 'a.pth')
+    assert not read_weights(tmp_path / 'a.pth')[0]['x'].requires_grad
+
+
 def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match='There is no checkpoint'):
         read_weights(tmp_path / 'missing.pth')
@@ -722,8 +741,8 @@ def test_variants(name, depths, channels):
     assert shape.config() == dict(
         in_channels=3, embed_dims=channels[0], num_layers=depths,
         num_heads=(1, 2, 5, 8), patch_sizes=(7, 3, 3, 3),
-        strides=(4, 2, 2, 2), sr_ratios=(8, 4, 2, 1), out_indices=(0, 1, 2, 3), mlp_ratio=4,
-        qkv_bias=True)
+        strides=(4, 2, 2, 2), sr_ratios=(8, 4, 2, 1),
+        out_indices=(0, 1, 2, 3), mlp_ratio=4, qkv_bias=True)
 
 
 def test_released_weights_become_what_init_cfg_loads(

@@ -168,6 +168,7 @@ def test_one_own_entry_gives_the_cross_entropy():
     labels[:3] = 255
     positives = ops.own_class(energies, labels)
     assert positives.shape == (12, 1)
+    assert positives[:3].eq(ABSENT).all() and positives[3:].isfinite().all()
     want = F.cross_entropy(energies, labels, ignore_index=255)
     for own in ('energy', 'positive'):
         torch.testing.assert_close(

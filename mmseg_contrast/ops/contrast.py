@@ -187,8 +187,6 @@ def contrast_loss(energies: Tensor,
     floor = torch.finfo(dtype).min / 2
     others = energies.clamp_min(floor).scatter(1, ids, floor).logsumexp(
         1, keepdim=True)
-    positives = positives.where(counts, positives.new_zeros(()))
-    own_term = own_term.where(counts, own_term.new_zeros(()))
     # log(exp(own) + exp(others)) - own, exact in both tails.
     terms = own_term - positives - F.logsigmoid(own_term - others)
     terms = terms.where(counts, terms.new_zeros(()))

@@ -1,27 +1,50 @@
-# GTA5 with train ids (`*_labelTrainIds.png`) to Cityscapes, 512 x 512 crops.
+# GTA5 to Cityscapes with the 19 classes of Cityscapes, crops of 512 x 512.
+# docs/datasets.md: how to get the files and convert the labels.
 pair_source_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='Resize', scale=(1280, 720)),
+    dict(type='Resize', scale=(1280, 720), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackStreamInputs'),
 ]
+# No cat_max_ratio: it would look at the target's labels.
 pair_target_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(1024, 512)),
+    dict(type='Resize', scale=(1024, 512), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(512, 512)),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackStreamInputs'),
 ]
 pair_test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(1024, 512)),
+    dict(type='Resize', scale=(1024, 512), keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
+pair_tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=size, keep_ratio=True)
+             for size in ((768, 384),
+                          (1024, 512),
+                          (1280, 640))],
+            [dict(type='RandomFlip', prob=0., direction='horizontal'),
+             dict(type='RandomFlip', prob=1., direction='horizontal')],
+            [dict(type='LoadAnnotations')],
+            [dict(type='PackSegInputs')],
+        ]),
+]
 pair = dict(
     num_classes=19,
+    # DAFormer draws rare classes of the source first, and trusts no
+    # pseudo-label at the upper and lower edge (pixels of the full image).
+    rare_class=dict(temperature=0.01, min_pixels=3000, min_crop_ratio=0.5),
+    margins=dict(type='MarkValidRegion', top=30, bottom=240),
+    tta_pipeline=pair_tta_pipeline,
+    evaluator=dict(type='FieldIoUMetric'),
     train_dataloader=dict(
         batch_size=2,
         num_workers=4,
@@ -32,12 +55,8 @@ pair = dict(
             streams=dict(
                 source=dict(
                     dataset=dict(
-                        type='CityscapesDataset',
+                        type='GTADataset',
                         data_root='data/gta',
-                        data_prefix=dict(
-                            img_path='images', seg_map_path='labels'),
-                        img_suffix='.png',
-                        seg_map_suffix='_labelTrainIds.png',
                         pipeline=pair_source_pipeline),
                     labelled=True),
                 target=dict(
@@ -57,4 +76,16 @@ pair = dict(
             data_root='data/cityscapes',
             data_prefix=dict(
                 img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
-            pipeline=pair_test_pipeline)))
+            pipeline=pair_test_pipeline)),
+    # tools/test.py --server: the test split, whose labels are not public
+    server_dataloader=dict(
+        batch_size=1,
+        num_workers=4,
+        persistent_workers=True,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='CityscapesDataset',
+            data_root='data/cityscapes',
+            data_prefix=dict(img_path='leftImg8bit/test'),
+            pipeline=pair_test_pipeline)),
+    server_evaluator=dict(type='SubmissionMetric', format='cityscapes'))

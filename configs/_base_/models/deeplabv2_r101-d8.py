@@ -1,4 +1,5 @@
-# DeepLabV3 with ResNet-101 at output stride 8 and no auxiliary head.
+# DeepLabV2 with ResNet-101 at output stride 8. Only the dilations 6 and 12, as
+# in the line of adaptation methods from AdaptSegNet on.
 data_preprocessor = dict(
     type='SegDataPreProcessor',
     mean=[123.675, 116.28, 103.53],
@@ -23,15 +24,13 @@ model = dict(
         style='pytorch',
         contract_dilation=True),
     decode_head=dict(
-        type='ASPPHead',
+        type='DLV2Head',
         in_channels=2048,
         in_index=3,
-        channels=512,
-        dilations=(1, 12, 24, 36),
-        dropout_ratio=0.1,
+        dilations=(6, 12),
         num_classes=19,
-        norm_cfg=dict(type='BN', requires_grad=True),
-        align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0)),
+        align_corners=True,
+        loss_decode=dict(
+            type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))

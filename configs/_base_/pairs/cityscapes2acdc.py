@@ -1,0 +1,94 @@
+# Cityscapes to ACDC with the 19 classes of Cityscapes, crops of 512 x 512.
+# docs/datasets.md: how to get the files and convert the labels.
+# Published numbers are those of the test server; the validation set's differ.
+pair_source_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='Resize', scale=(1024, 512), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackStreamInputs'),
+]
+# No cat_max_ratio: it would look at the target's labels.
+pair_target_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(960, 540), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(512, 512)),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackStreamInputs'),
+]
+pair_test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(960, 540), keep_ratio=True),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+pair_tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=size, keep_ratio=True)
+             for size in ((720, 405),
+                          (960, 540),
+                          (1200, 675))],
+            [dict(type='RandomFlip', prob=0., direction='horizontal'),
+             dict(type='RandomFlip', prob=1., direction='horizontal')],
+            [dict(type='LoadAnnotations')],
+            [dict(type='PackSegInputs')],
+        ]),
+]
+pair = dict(
+    num_classes=19,
+    # DAFormer draws rare classes of the source first, and trusts no
+    # pseudo-label at the upper and lower edge (pixels of the full image).
+    rare_class=dict(temperature=0.01, min_pixels=3000, min_crop_ratio=0.5),
+    margins=dict(type='MarkValidRegion', top=30, bottom=240),
+    tta_pipeline=pair_tta_pipeline,
+    evaluator=dict(type='FieldIoUMetric'),
+    train_dataloader=dict(
+        batch_size=2,
+        num_workers=4,
+        persistent_workers=True,
+        sampler=dict(type='PositionSampler'),
+        dataset=dict(
+            type='StreamDataset',
+            streams=dict(
+                source=dict(
+                    dataset=dict(
+                        type='CityscapesDataset',
+                        data_root='data/cityscapes',
+                        data_prefix=dict(
+                            img_path='leftImg8bit/train',
+                            seg_map_path='gtFine/train'),
+                        pipeline=pair_source_pipeline),
+                    labelled=True),
+                target=dict(
+                    dataset=dict(
+                        type='ACDCDataset',
+                        data_root='data/acdc',
+                        split='train',
+                        pipeline=pair_target_pipeline),
+                    labelled=False)))),
+    test_dataloader=dict(
+        batch_size=1,
+        num_workers=4,
+        persistent_workers=True,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='ACDCDataset',
+            data_root='data/acdc',
+            split='val',
+            pipeline=pair_test_pipeline)),
+    # tools/test.py --server: the test split, whose labels are not public
+    server_dataloader=dict(
+        batch_size=1,
+        num_workers=4,
+        persistent_workers=True,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='ACDCDataset',
+            data_root='data/acdc',
+            split='test',
+            pipeline=pair_test_pipeline)),
+    server_evaluator=dict(type='SubmissionMetric', format='acdc'))

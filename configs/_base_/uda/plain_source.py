@@ -1,0 +1,2 @@
+# Training on the source alone: the lower bound that papers report.
+uda = dict(objectives=dict(source=dict(type='Segmentation', view='source')))

@@ -1,0 +1,4 @@
+_base_ = './daformer_mit-b5_1xb2-40k_gta2cityscapes-512x512.py'
+# Decoder variant: interlaced sparse self-attention.
+model = dict(segmentor=dict(decode_head=dict(
+    fusion=dict(_delete_=True, type='ISAFusion'))))
