@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -69,13 +71,30 @@ class UDAOptimWrapperConstructor:
                 'model.segmentor has no trainable parameter: unfreeze a part '
                 'of it (frozen_stages, frozen_exclude, ...).')
 
-        optim_wrapper = self.base(student)
+        # The table below says in a few lines what stock constructors say in
+        # three for each tensor.
+        with _without_lines('paramwise_options'):
+            optim_wrapper = self.base(student)
         optimizer = optim_wrapper.optimizer
         drop_frozen(optimizer)
         add_parameters(optimizer, trainable_extras(model, student))
         merge_groups(optimizer)
         print_log(describe_groups(optimizer), logger='current')
         return optim_wrapper
+
+
+@contextmanager
+def _without_lines(text: str) -> Iterator[None]:
+    """Keep log lines that contain a text out of the log."""
+    def kept(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(kept)
 
 
 def trainable_extras(model: nn.Module,

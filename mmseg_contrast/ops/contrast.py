@@ -182,11 +182,10 @@ def contrast_loss(energies: Tensor,
     own_term = positives if own == 'positive' else energies.gather(1, ids)
     # Not isfinite: a NaN must show.
     counts = known & (positives != ABSENT) & (own_term != ABSENT)
-    # Far below every energy, but not minus infinity, whose gradient is NaN
-    # if an anchor's class is the only one.
+    # Far below every energy, but not minus infinity: a row of nothing else,
+    # where an anchor's class is the only one, would have NaN gradients.
     floor = torch.finfo(dtype).min / 2
-    others = energies.clamp_min(floor).scatter(1, ids, floor).logsumexp(
-        1, keepdim=True)
+    others = energies.scatter(1, ids, floor).logsumexp(1, keepdim=True)
     # log(exp(own) + exp(others)) - own, exact in both tails.
     terms = own_term - positives - F.logsigmoid(own_term - others)
     terms = terms.where(counts, terms.new_zeros(()))
