@@ -125,3 +125,103 @@ def test_the_example_of_the_readme_wraps_a_stock_config(tmp_path):
     assert type(model.backbone).__name__ == 'MixVisionTransformer'
     assert cfg.train_dataloader.dataset.type == 'StreamDataset'
     assert cfg.optim_wrapper.constructor == 'UDAOptimWrapperConstructor'
+
+
+DAFORMER = ROOT / 'configs' / 'daformer'
+MAIN = 'mit-b5_1xb2-40k_gta2cityscapes-512x512.py'
+#: Channels and depths of MiT, Xie et al., 2021, table 6.
+ENCODERS = {
+    'b0': ([32, 64, 160, 256], (2, 2, 2, 2)),
+    'b1': ([64, 128, 320, 512], (2, 2, 2, 2)),
+    'b2': ([64, 128, 320, 512], (3, 4, 6, 3)),
+    'b3': ([64, 128, 320, 512], (3, 4, 18, 3)),
+    'b4': ([64, 128, 320, 512], (3, 8, 27, 3)),
+    'b5': ([64, 128, 320, 512], (3, 6, 40, 3))}
+
+
+def flat(value, path=''):
+    """Leaves of a config by their path."""
+    if isinstance(value, dict):
+        return {key: leaf for name, one in value.items()
+                for key, leaf in flat(one, f'{path}.{name}').items()}
+    return {path.lstrip('.'): value}
+
+
+def changed(name):
+    """Which settings differ from the main DAFormer config."""
+    main = flat(Config.fromfile(DAFORMER / f'daformer_{MAIN}').to_dict())
+    other = flat(Config.fromfile(DAFORMER / name).to_dict())
+    return {key for key in main | other
+            if main.get(key, '-') != other.get(key, '-')}
+
+
+@pytest.mark.parametrize('size', ENCODERS)
+def test_encoders(size):
+    name = f'daformer_{MAIN}'.replace('b5', size)
+    cfg = Config.fromfile(DAFORMER / name)
+    channels, depths = ENCODERS[size]
+    backbone = cfg.model.segmentor.backbone
+    assert tuple(backbone.num_layers) == depths
+    assert [backbone.embed_dims * heads for heads in
+            backbone.num_heads] == channels
+    assert cfg.model.segmentor.decode_head.in_channels == channels
+    assert f'mit_{size}_' in backbone.init_cfg.checkpoint
+    within = 'model.segmentor.'
+    assert {key for key in changed(name) if key != 'pretrained'} <= {
+        f'{within}backbone.embed_dims', f'{within}backbone.num_layers',
+        f'{within}backbone.init_cfg.checkpoint',
+        f'{within}decode_head.in_channels'}
+
+
+@pytest.mark.parametrize(('left_out', 'settings'), [
+    ('no-rcs', {f'train_dataloader.dataset.streams.source.rare_class{key}'
+                for key in ('', '.temperature', '.min_pixels',
+                            '.min_crop_ratio')}),
+    ('no-fd', {f'model.objectives.feature_distance.{key}' for key in
+               ('type', 'view', 'weight', 'classes', 'min_ratio')}),
+    ('no-warmup', {'param_scheduler'}),
+    ('alpha99', {'model.teachers.ema.alpha'})])
+def test_ablations_change_one_thing(left_out, settings):
+    assert changed(f'daformer-{left_out}_{MAIN}') == settings
+
+
+def test_daformers_constants():
+    cfg = Config.fromfile(DAFORMER / f'daformer_{MAIN}')
+    model = cfg.model
+    assert model.teachers.ema.alpha == 0.999
+    assert model.pseudo_labels.target.threshold == 0.968
+    assert model.objectives.feature_distance.weight == 0.005
+    assert tuple(model.objectives.feature_distance.classes) == (
+        6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
+    streams = cfg.train_dataloader.dataset.streams
+    assert streams.source.rare_class == dict(
+        temperature=0.01, min_pixels=3000, min_crop_ratio=0.5)
+    # 15 and 120 of 512 rows, behind the loading transform.
+    margins = streams.target.dataset.pipeline[1]
+    assert margins == dict(type='MarkValidRegion', top=30, bottom=240)
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.train_cfg.max_iters == 40000
+    crops = [step for stream in streams.values() for step in
+             stream.dataset.pipeline if step.type == 'RandomCrop']
+    assert [crop.crop_size for crop in crops] == [(512, 512)] * 2
+    assert [crop.get('cat_max_ratio') for crop in crops] == [0.75, None]
+
+
+@pytest.mark.parametrize(('pair', 'sizes'), [
+    ('gta2cityscapes', ((1280, 720), (1024, 512))),
+    ('synthia2cityscapes', ((1280, 760), (1024, 512))),
+    ('cityscapes2acdc', ((1024, 512), (960, 540))),
+    ('cityscapes2darkzurich', ((1024, 512), (960, 540)))])
+def test_published_image_sizes(pair, sizes):
+    name = f'daformer_{MAIN}'.replace('gta2cityscapes', pair)
+    cfg = Config.fromfile(DAFORMER / name)
+    streams = cfg.train_dataloader.dataset.streams
+    resizes = [step for stream in streams.values() for step in
+               stream.dataset.pipeline if step.type == 'Resize']
+    # mmseg 0.16 kept the aspect ratio where nothing was said.
+    assert [(step.scale, step.keep_ratio) for step in resizes] == [
+        (size, True) for size in sizes]
+    tested = [step for step in cfg.test_dataloader.dataset.pipeline
+              if step.type == 'Resize']
+    assert [(step.scale, step.keep_ratio) for step in tested] == [
+        (sizes[1], True)]

@@ -410,6 +410,8 @@ def test_each_part_of_an_old_file(mic_file, config, tmp_path, monkeypatch,
         student.backbone.layers[1][1][1].ffn.layers[0].weight[..., 0, 0],
         published['backbone.block2.1.mlp.fc1.weight'])
     assert [p.name for p in target.parent.iterdir()] == [target.name]
+    # As readable as any file, although it was a temporary one.
+    assert target.stat().st_mode == Path(config).stat().st_mode
 
 
 def test_imagenet_backbone_is_what_init_cfg_loads(

@@ -186,7 +186,7 @@ def contrast_loss(energies: Tensor,
     # where an anchor's class is the only one, would have NaN gradients.
     floor = torch.finfo(dtype).min / 2
     others = energies.scatter(1, ids, floor).logsumexp(1, keepdim=True)
-    # log(exp(own) + exp(others)) - own, exact in both tails.
+    # log(exp(own) + exp(others)) - positive, exact in both tails.
     terms = own_term - positives - F.logsigmoid(own_term - others)
     terms = terms.where(counts, terms.new_zeros(()))
     number = counts.sum(1)
