@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -442,15 +443,45 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
+@contextmanager
+def _interrupt_noted() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, a second one raises.
+
+    An exception at any point inside of the pool can leave it waiting for
+    ever.
+    """
+    noted = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    if (before is not signal.default_int_handler
+            or threading.current_thread() is not threading.main_thread()):
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _handle_all(pairs: Sequence[Pair], labels: LabelFormat, nproc: int,
                 dry_run: bool) -> Iterator[Outcome]:
     work = partial(handle, labels=labels, dry_run=dry_run)
     if nproc == 1:
         yield from map(work, pairs)
         return
-    with ProcessPoolExecutor(nproc, initializer=_start_worker) as pool:
+    with _interrupt_noted() as interrupt, ProcessPoolExecutor(
+            nproc, initializer=_start_worker) as pool:
         try:
-            yield from pool.map(work, pairs, chunksize=4)
+            for outcome in pool.map(work, pairs, chunksize=4):
+                if interrupt.is_set():
+                    raise KeyboardInterrupt
+                yield outcome
         except BrokenProcessPool as error:
             raise ValueError(
                 'a worker process was killed, perhaps for lack of memory: '
