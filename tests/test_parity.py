@@ -16,6 +16,7 @@ from torch import nn
 
 import mmseg_contrast
 from helpers import batch, build, run, tiny_student
+from mmseg_contrast import ops
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 BASE = CONFIGS / '_base_'
@@ -107,6 +108,18 @@ def test_parity_no_rate_rises_without_the_warmup():
     assert (np.diff(rates, axis=0) < 0).all()
     assert rates[20000] == pytest.approx([3e-5, 3e-4], rel=1e-4)
     assert rates[-1, 0] < 1e-8
+
+
+def test_parity_fusion_leaves_the_context_alone():
+    """A loss on the context's logits must get those without attention."""
+    gen = torch.Generator().manual_seed(0)
+    context, attention = torch.rand(2, 1, 3, 4, 4, generator=gen)
+    detail = torch.rand(1, 3, 4, 4, generator=gen)
+    before = context.clone(), attention.clone()
+    fused = ops.fuse_detail(context, detail, attention, (0, 4, 4, 8))
+    assert fused.shape == (1, 3, 8, 8)
+    assert torch.equal(context, before[0])
+    assert torch.equal(attention, before[1])
 
 
 def test_parity_no_module_overrides_call():
