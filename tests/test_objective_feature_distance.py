@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
 
-from mmseg_contrast.adaptation.objectives.feature_distance import (
-    is_pretrained)
+from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
+from mmseg_contrast.adaptation.objectives.feature_distance import is_pretrained
 
 THINGS = (1, 3)
 

@@ -10,8 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, build, sample, tiny_student
 from mmengine.structures import PixelData
+
+from helpers import CLASSES, build, sample, tiny_student
 
 SIZE, BATCH = 32, 2
 THRESHOLD, THINGS, RATIO, FD_WEIGHT = 0.25, (1, 3), 0.75, 0.005

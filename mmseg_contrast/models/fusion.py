@@ -10,7 +10,8 @@ from mmcv.cnn import ConvModule
 from mmseg.models.decode_heads.aspp_head import ASPPModule
 from mmseg.models.decode_heads.isa_head import SelfAttentionBlock
 from mmseg.models.decode_heads.sep_aspp_head import (
-    DepthwiseSeparableASPPModule)
+    DepthwiseSeparableASPPModule,
+)
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-# Cityscapes to DarkZurich with the 19 classes of Cityscapes, crops of 512 x 512.
+# Cityscapes to DarkZurich, the 19 classes of Cityscapes, crops of 512 x 512.
 # docs/datasets.md: how to get the files and convert the labels.
 # Published numbers are those of the test server; the validation set's differ.
 pair_source_pipeline = [

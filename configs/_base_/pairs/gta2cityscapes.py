@@ -1,4 +1,4 @@
-# GTA5 to Cityscapes with the 19 classes of Cityscapes, crops of 512 x 512.
+# GTA5 to Cityscapes, the 19 classes of Cityscapes, crops of 512 x 512.
 # docs/datasets.md: how to get the files and convert the labels.
 pair_source_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,4 +1,4 @@
-# SYNTHIA to Cityscapes with the 19 classes of Cityscapes, crops of 512 x 512.
+# SYNTHIA to Cityscapes, the 19 classes of Cityscapes, crops of 512 x 512.
 # docs/datasets.md: how to get the files and convert the labels.
 # SYNTHIA has no terrain, truck and train: results are those of 16 or 13
 # classes.
