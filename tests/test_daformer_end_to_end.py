@@ -107,7 +107,7 @@ def test_three_iterations_and_an_evaluation(tmp_path):
         [0, 1 / 2, 2 / 3], abs=1e-4)
     # A weight moved by three tiny steps: the frozen copy tells them apart.
     assert steps[0]['feature_distance.loss_feature_distance'] == 0 or (
-        steps[0]['thing_ratio'] > 0)
+        steps[0]['source.thing_ratio'] > 0)
 
     tool(tmp_path, 'test.py', CONFIG, 'work/iter_3.pth', '--work-dir',
          'test')

@@ -66,7 +66,7 @@ def test_value_against_a_loop():
     wanted = 0.02 * sum(distances) / len(distances)
     torch.testing.assert_close(losses['fd.loss_feature_distance'], wanted)
     torch.testing.assert_close(
-        losses['thing_ratio'], torch.tensor(len(distances) / 128))
+        losses['source.thing_ratio'], torch.tensor(len(distances) / 128))
     # Gradients reach the student's backbone, and only that.
     losses['fd.loss_feature_distance'].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0

@@ -163,7 +163,7 @@ class FeatureDistance(nn.Module):
             view.labels, _factor(view.labels, features), self.num_classes,
             self.min_ratio)
         mask = self.things[labels]
-        step.log('thing_ratio', mask.float().mean())
+        step.log(f'{self.view}.thing_ratio', mask.float().mean())
         distance = masked_feature_distance(features, reference, mask)
         return dict(loss_feature_distance=self.weight * distance)
 
