@@ -195,7 +195,8 @@ def pair_contrast_loss(anchors: Tensor,
             each, counted = contrast_terms(
                 torch.stack([mine, others], 1),
                 values.masked_fill(~positive, ABSENT),
-                positive.new_zeros(len(positive), dtype=torch.int64), own, reduce_positives, leaves[1], pair)
+                torch.zeros(len(values), dtype=torch.int64, device=device),
+                own, reduce_positives, leaves[1], pair)
             total = each.sum()
         if not with_gradient:
             return total, counted.sum(), []
@@ -287,14 +288,17 @@ class _ChunkedLoss(torch.autograd.Function):
                 mine @ keys.T, rows, weights, key_weights, any(needs))
             total += part
             number += counted
-            if grads[0] is not None:
-                torch.mm(slopes[0], keys, out=grads[0][rows])
-            if grads[1] is not None:
-                grads[1].addmm_(slopes[0].T, mine)
-            if grads[2] is not None:
-                grads[2][rows] = slopes[1]
-            if grads[3] is not None:
-                grads[3] += slopes[2]
+            if not any(needs):
+                continue
+            similar, of_weights, of_keys = slopes
+            if grads[0] is not None and similar is not None:
+                torch.mm(similar, keys, out=grads[0][rows])
+            if grads[1] is not None and similar is not None:
+                grads[1].addmm_(similar.T, mine)
+            if grads[2] is not None and of_weights is not None:
+                grads[2][rows] = of_weights
+            if grads[3] is not None and of_keys is not None:
+                grads[3] += of_keys
         number = number.clamp_min(1)
         ctx.save_for_backward(
             *(None if one is None else one.div_(number) for one in grads))
