@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .contrast import (
     ABSENT,
@@ -214,10 +213,10 @@ def _reduce_keys_(entries: Tensor, filled: Tensor, energy: str) -> Tensor:
     """
     count = filled.sum(1)
     if energy == 'mean':
-        share = filled / count.clamp_min(1).unsqueeze(1)
+        divisor = count.clamp_min(1).to(entries.dtype)
         total = entries.masked_fill_(~filled, 0.).sum(2)
-        entries.copy_(share)
-        return (total / count.clamp_min(1)).masked_fill(count == 0, ABSENT)
+        entries.copy_(filled / divisor.unsqueeze(1))
+        return (total / divisor).masked_fill(count == 0, ABSENT)
     floor = torch.finfo(entries.dtype).min / 2
     top = entries.amax(2, keepdim=True).clamp_min(floor)
     total = entries.sub_(top).exp_().sum(2, keepdim=True)
@@ -305,8 +304,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return total / number
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradients times what arrives."""
+        if torch.is_grad_enabled():  # create_graph=True
+            # They would be constants, and a second derivative silently 0.
+            raise RuntimeError(
+                'the contrast of many keys has no second derivative; use '
+                'contrast_loss of its energies and positives for one')
         return (*(None if one is None else one * scale
                   for one in ctx.saved_tensors), None, None, None)
