@@ -62,7 +62,7 @@ def push(keys: Tensor, pointer: Tensor, filled: Tensor, new: Tensor,
     number = exists.sum(1, keepdim=True)
     # Those that exist first, in their order; then only the last L of them,
     # newest first: their places differ, also where nothing is written.
-    order = (~exists).to(torch.int8).argsort(1, stable=True)
+    order = (~exists).to(torch.int8).sort(dim=1, stable=True).indices
     age = torch.arange(min(new.shape[1], length), device=keys.device)
     rank = number - 1 - age
     places = ((pointer.unsqueeze(1) + rank) % length).unsqueeze(2).expand(
