@@ -230,6 +230,11 @@ def test_no_pair_with_oneself_when_asked():
     assert ops.pair_contrast_loss(
         anchors, anchors, relation, .3).item() == pytest.approx(
             slow_pairs(anchors, anchors, relation, .3), rel=1e-12)
+    # Nor is anything a negative of itself.
+    got = ops.pair_contrast_loss(
+        anchors, anchors, -relation, .3, exclude_self=True)
+    assert got.item() == pytest.approx(
+        slow_pairs(anchors, anchors, -others, .3), rel=1e-12)
 
 
 def test_rules_give_the_relation():

@@ -97,8 +97,8 @@ def class_contrast_loss(anchors: Tensor,
              key_weights: Tensor | None, with_gradient: bool
              ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         mine = labels[rows]
-        known = (mine >= 0) & (mine < classes) & (mine != ignore_index)
-        ids = mine.where(known, mine.new_zeros(()))
+        # Any class will do for what contrast_terms ignores.
+        ids = mine.clamp(0, classes - 1)
         entries = similarities.view(-1, classes, length)
         entries.masked_fill_(~filled, ABSENT)
         index = ids.view(-1, 1, 1).expand(-1, 1, length)
