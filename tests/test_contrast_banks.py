@@ -325,6 +325,18 @@ def test_a_push_across_the_end_is_split():
     assert bank.filled.tolist() == [5, 0, 0, 0]
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_label_inside_the_range_can_be_ignored(kind):
+    bank, without = build(kind, ignore_index=1), build(kind)
+    vectors, labels, *rest = draw(40, 1)
+    labels = labels.where(labels != 255, torch.tensor(-1))
+    bank.update(vectors, labels, *rest)
+    without.update(
+        vectors, labels.where(labels != 1, torch.tensor(-1)), *rest)
+    for name, tensor in bank.state_dict().items():
+        assert torch.equal(tensor, without.state_dict()[name]), name
+
+
 def test_no_place_of_the_beginning_survives_a_round():
     bank = build('pixels', length=4, number=1)
     bank.keys.fill_(99)

@@ -611,6 +611,24 @@ def test_a_single_class_has_nothing_to_be_told_from(own, energy):
     assert loss.item() == 0 and anchors.grad.eq(0).all()
 
 
+@pytest.mark.parametrize('own', OWN)
+@pytest.mark.parametrize('reduce', REDUCE)
+def test_no_nan_on_the_way_either(own, reduce):
+    # Masked later, but autograd's search for mistakes would stop at it.
+    relation = draw_relation(7, 5)
+    anchors, keys = unit(7, 3).requires_grad_(), unit(5, 3, seed=1)
+    positives = torch.tensor([[0., ABSENT], [ABSENT, ABSENT]]).double()
+    with torch.autograd.set_detect_anomaly(True):
+        ops.pair_contrast_loss(
+            anchors, keys, relation, .5, own=own, reduce_positives=reduce
+        ).backward()
+        # Added, not filled in: nothing masks the gradient.
+        ops.contrast_loss(
+            anchors[:2] @ keys.T, anchors[:2, :2] + positives,
+            torch.tensor([0, 1]), own, reduce_positives=reduce).backward()
+    assert anchors.grad.isfinite().all()
+
+
 def test_ignored_anchors_have_no_gradient():
     anchors, labels, keys, filled = draw_bank(30)
     anchors.requires_grad_()
