@@ -8,8 +8,16 @@ check_environment()
 allow_checkpoint_classes()
 
 # Importing the rooms registers their classes with mmseg's registries.
-from . import adaptation, datasets, engine, evaluation, models  # noqa: E402
+from . import (  # noqa: E402
+    adaptation,
+    contrast,
+    datasets,
+    engine,
+    evaluation,
+    models,
+)
 
 __all__ = [
-    '__version__', 'adaptation', 'datasets', 'engine', 'evaluation', 'models'
+    '__version__', 'adaptation', 'contrast', 'datasets', 'engine',
+    'evaluation', 'models'
 ]

@@ -7,6 +7,7 @@ and the sum of squared deviations from the mean, float ``(C, D)``.
 from __future__ import annotations
 
 import torch
+from mmengine.dist import all_gather, get_world_size
 from torch import Tensor
 
 IGNORE = 255
@@ -75,3 +76,43 @@ def class_variance(moments: Moments) -> Tensor:
     """Biased variance of each class, ``(C, D)``; 0 for an absent one."""
     count, _, m2 = moments
     return m2 / count.clamp_min(1).to(m2.dtype).unsqueeze(1)
+
+
+def pool_moments(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
+    """Moments of several sets of vectors together, exactly.
+
+    Args:
+        count (Tensor): ``(R, C)``, of R sets.
+        mean (Tensor): ``(R, C, D)``.
+        m2 (Tensor): ``(R, C, D)``.
+
+    Returns:
+        Moments: Of all of them; 0 for a class that no set has.
+    """
+    number = count.to(mean.dtype).unsqueeze(2)
+    centre = (number * mean).sum(0) / number.sum(0).clamp_min(1)
+    apart = (number * (mean - centre).square()).sum(0)
+    return count.sum(0), centre, m2.sum(0) + apart
+
+
+def gather_moments(moments: Moments) -> Moments:
+    """Moments of the batches of all ranks together: the same on each.
+
+    One collective, which all ranks must enter, also without a vector.
+
+    Args:
+        moments (Moments): Of this rank's batch.
+
+    Returns:
+        Moments: In the dtypes of the arguments.
+    """
+    if get_world_size() == 1:
+        return moments
+    count, mean, m2 = moments
+    # float64 holds counts exactly up to 2^53.
+    packed = torch.cat([count.unsqueeze(1), mean, m2.double()], 1)
+    number, centre, spread = torch.stack(all_gather(packed)).split(
+        [1, mean.shape[1], mean.shape[1]], 2)
+    pooled = pool_moments(number.squeeze(2), centre, spread)
+    return (pooled[0].to(count.dtype), pooled[1].to(mean.dtype),
+            pooled[2].to(m2.dtype))

@@ -13,6 +13,8 @@ where the own term :math:`o_{ip}` is :math:`e^{s_{ip}}` or
 not yet seen, an empty place in a bank.
 
 Everything is at least float32, also inside autocast, and waits for no device.
+Here are energies and positives that are small enough to be kept;
+:mod:`.contrast_keys` has the same loss for many keys, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -82,20 +84,32 @@ def gaussian_energies(anchors: Tensor, mean: Tensor, variance: Tensor,
     return prototype_energies(anchors, mean, tau, present) + spread
 
 
-def bank_energies(anchors: Tensor, keys: Tensor, filled: Tensor, tau: float
-                  ) -> Tensor:
-    r"""Mean similarity with the keys of each class.
+def bank_energies(anchors: Tensor, keys: Tensor, filled: Tensor, tau: float,
+                  energy: str = 'mean') -> Tensor:
+    r"""Similarity with the keys of each class, reduced to one number.
 
     Args:
         anchors (Tensor): f, ``(N, D)``.
         keys (Tensor): ``(C, L, D)``.
         filled (Tensor): bool, ``(C, L)``: which places hold a key.
         tau (float): Temperature, > 0.
+        energy (str): 'mean' over the keys (SePiCo's BankCL), or 'lse', their
+            logarithmic sum of exponentials: each key counts by itself
+            (ContrastiveSeg, Wang et al., ICCV 2021). 'lse' needs memory
+            of the size ``N x C x L``.
 
     Returns:
         Tensor: ``(N, C)``, minus infinity for classes without a key.
+
+    Raises:
+        ValueError: If ``energy`` is neither.
     """
+    check_choice('energy', energy, ('mean', 'lse'))
     count = filled.sum(1)
+    if energy == 'lse':
+        every = _similarities(anchors, keys.flatten(0, 1), tau)
+        every = every.view(-1, *filled.shape).masked_fill(~filled, ABSENT)
+        return finite_logsumexp(every, 2)
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     total = torch.where(filled.unsqueeze(2), keys, 0.).sum(1)
     # The mean of inner products is the inner product with the mean.
@@ -146,11 +160,64 @@ def bank_positives(anchors: Tensor, labels: Tensor, keys: Tensor,
     return own.masked_fill(~known.squeeze(2), ABSENT)
 
 
+def contrast_terms(energies: Tensor,
+                   positives: Tensor,
+                   labels: Tensor,
+                   own: str = 'energy',
+                   reduce_positives: str = 'mean',
+                   anchor_weights: Tensor | None = None,
+                   positive_weights: Tensor | None = None,
+                   ignore_index: int = IGNORE) -> tuple[Tensor, Tensor]:
+    """What each anchor contributes to :func:`contrast_loss`.
+
+    Args:
+        energies (Tensor): See :func:`contrast_loss`, as all others.
+        positives (Tensor): See there.
+        labels (Tensor): See there.
+        own (str): See there.
+        reduce_positives (str): See there.
+        anchor_weights (Tensor, optional): See there.
+        positive_weights (Tensor, optional): See there.
+        ignore_index (int): See there.
+
+    Returns:
+        tuple: Terms, ``(N,)``, 0 for what does not count, and bool ``(N,)``:
+        which anchors count.
+    """
+    dtype = torch.promote_types(energies.dtype, torch.float32)
+    energies, positives = energies.to(dtype), positives.to(dtype)
+    known = _known(labels, energies.shape[1], ignore_index).unsqueeze(1)
+    ids = labels.unsqueeze(1).where(known, labels.new_zeros(()))
+    if reduce_positives == 'lse':
+        positives = finite_logsumexp(positives, 1).unsqueeze(1)
+    own_term = positives if own == 'positive' else energies.gather(1, ids)
+    # Not isfinite: a NaN must show.
+    counts = known & (positives != ABSENT) & (own_term != ABSENT)
+    # Far below every energy, but not minus infinity: a row of nothing else,
+    # where an anchor's class is the only one, would have NaN gradients.
+    floor = torch.finfo(dtype).min / 2
+    others = energies.scatter(1, ids, floor).logsumexp(1, keepdim=True)
+    # log(exp(own) + exp(others)) - positive, exact in both tails.
+    terms = own_term - positives - F.logsigmoid(own_term - others)
+    # Masked before it is weighted, or weights would get NaN gradients.
+    terms = terms.where(counts, terms.new_zeros(()))
+    if positive_weights is not None:
+        terms = terms * positive_weights.to(dtype)
+    number = counts.sum(1)
+    each = terms.sum(1) / number.clamp_min(1)
+    if anchor_weights is not None:
+        each = each * anchor_weights.to(dtype)
+    return each, number > 0
+
+
 def contrast_loss(energies: Tensor,
                   positives: Tensor,
                   labels: Tensor,
                   own: str = 'energy',
-                  ignore_index: int = IGNORE) -> Tensor:
+                  ignore_index: int = IGNORE,
+                  reduce_positives: str = 'mean',
+                  anchor_weights: Tensor | None = None,
+                  positive_weights: Tensor | None = None) -> Tensor:
     """The loss at the top of this file.
 
     Anchors without a class, or whose class has no positive, do not count;
@@ -165,33 +232,96 @@ def contrast_loss(energies: Tensor,
             denominator (cross entropy, SupCon), 'positive' each positive
             itself (InfoNCE).
         ignore_index (int): Label that is ignored.
+        reduce_positives (str): 'mean' of the terms of all positives, or
+            'lse': one positive, the logarithmic sum of exponentials of all.
+        anchor_weights (Tensor, optional): a, ``(N,)``.
+        positive_weights (Tensor, optional): b, ``(N, P)``; a term is times
+            a b, but the means divide by numbers of anchors and positives,
+            not by sums of weights. With the gradients of both.
 
     Returns:
         Tensor: 0-d, float32 or wider.
 
     Raises:
-        ValueError: If ``own`` is neither.
+        ValueError: If ``own`` or ``reduce_positives`` is none of these, or
+            if positives have weights but not terms of their own.
     """
-    if own not in ('energy', 'positive'):
+    check_form(own, reduce_positives, positive_weights is not None)
+    each, counted = contrast_terms(
+        energies, positives, labels, own, reduce_positives, anchor_weights,
+        positive_weights, ignore_index)
+    return each.sum() / counted.sum().clamp_min(1)
+
+
+def check_form(own: str, reduce_positives: str, weighted_positives: bool
+               ) -> None:
+    """Refuse what :func:`contrast_loss` does not define.
+
+    Args:
+        own (str): As there.
+        reduce_positives (str): As there.
+        weighted_positives (bool): Whether positives have weights.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    check_choice('own', own, ('energy', 'positive'))
+    check_choice('reduce_positives', reduce_positives, ('mean', 'lse'))
+    if weighted_positives and reduce_positives == 'lse':
         raise ValueError(
-            f"own = {own!r} must be 'energy' or 'positive'")
-    dtype = torch.promote_types(energies.dtype, torch.float32)
-    energies, positives = energies.to(dtype), positives.to(dtype)
-    known = _known(labels, energies.shape[1], ignore_index).unsqueeze(1)
-    ids = labels.unsqueeze(1).where(known, labels.new_zeros(()))
-    own_term = positives if own == 'positive' else energies.gather(1, ids)
-    # Not isfinite: a NaN must show.
-    counts = known & (positives != ABSENT) & (own_term != ABSENT)
-    # Far below every energy, but not minus infinity: a row of nothing else,
-    # where an anchor's class is the only one, would have NaN gradients.
-    floor = torch.finfo(dtype).min / 2
-    others = energies.scatter(1, ids, floor).logsumexp(1, keepdim=True)
-    # log(exp(own) + exp(others)) - positive, exact in both tails.
-    terms = own_term - positives - F.logsigmoid(own_term - others)
-    terms = terms.where(counts, terms.new_zeros(()))
-    number = counts.sum(1)
-    each = terms.sum(1) / number.clamp_min(1)
-    return each.sum() / (number > 0).sum().clamp_min(1)
+            "reduce_positives = 'lse' makes one positive of all, so these "
+            "have no weights of their own; use 'mean'")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is no choice.
+
+    Args:
+        name (str): The argument.
+        value (str): Its value.
+        choices (tuple[str, ...]): What it may be.
+
+    Raises:
+        ValueError: Naming the argument and its choices.
+    """
+    if value not in choices:
+        raise ValueError(
+            f'{name} = {value!r} must be '
+            f'{" or ".join(map(repr, choices))}')
+
+
+def temperature_scale(tau: float, base_tau: float | None) -> float:
+    """The factor of a loss, ``tau / base_tau``; 1 without a base.
+
+    Khosla et al., 2020, and ContrastiveSeg scale with it.
+
+    Args:
+        tau (float): Temperature, > 0.
+        base_tau (float, optional): > 0.
+
+    Raises:
+        ValueError: If one is not above 0.
+    """
+    for name, value in (('tau', tau), ('base_tau', base_tau)):
+        if value is not None and not value > 0:
+            raise ValueError(f'{name} = {value} must be above 0')
+    return 1. if base_tau is None else tau / base_tau
+
+
+def finite_logsumexp(values: Tensor, dim: int) -> Tensor:
+    """``logsumexp`` with gradients 0, not NaN, for rows without an entry.
+
+    Args:
+        values (Tensor): Minus infinity stands for no entry.
+        dim (int): The dimension that goes.
+
+    Returns:
+        Tensor: Minus infinity for rows without an entry.
+    """
+    absent = values == ABSENT
+    floor = torch.finfo(values.dtype).min / 2
+    return values.masked_fill(absent, floor).logsumexp(dim).masked_fill(
+        absent.all(dim), ABSENT)
 
 
 def contrast_regularizer(anchors: Tensor,

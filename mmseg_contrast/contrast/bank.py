@@ -1,0 +1,197 @@
+"""What all banks have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import contrast_loss, own_class, temperature_scale
+
+
+class Bank(nn.Module):
+    """What is known of each class, for anchors to be compared with.
+
+    Its state is in persistent buffers, so a run resumes with it, and is the
+    same on all ranks: updates are merged across them, so that each rank must
+    call :meth:`update`, also without a labelled vector. A class that is not
+    in an update is not touched. Nothing waits for the device.
+
+    Args:
+        num_classes (int): Number of classes C, >= 1.
+        channels (int): Length of a vector D, >= 1.
+        ignore_index (int): Label that is ignored, as ids outside ``[0, C)``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self,
+                 num_classes: int,
+                 channels: int,
+                 ignore_index: int = 255) -> None:
+        super().__init__()
+        self.check_positive(num_classes=num_classes, channels=channels)
+        self.num_classes = num_classes
+        self.channels = channels
+        self.ignore_index = ignore_index
+
+    def update(self,
+               embeddings: Tensor,
+               labels: Tensor,
+               scores: Tensor | None = None,
+               images: Tensor | None = None,
+               num_images: int = 1) -> None:
+        """Take in the vectors of a batch, without their gradients.
+
+        Args:
+            embeddings (Tensor): ``(N, D)``.
+            labels (Tensor): int64, ``(N,)``.
+            scores (Tensor, optional): Uniform numbers ``(N,)``, where a bank
+                draws vectors: it takes those with the highest.
+            images (Tensor, optional): Number of each vector's image in the
+                batch, int64 ``(N,)``, where a bank tells them apart.
+            num_images (int): Images of the batch, the same on all ranks.
+        """
+        raise NotImplementedError
+
+    def energies(self, anchors: Tensor, tau: float) -> Tensor:
+        """Energy of each anchor with each class.
+
+        Args:
+            anchors (Tensor): ``(N, D)``.
+            tau (float): Temperature, > 0.
+
+        Returns:
+            Tensor: ``(N, C)``, minus infinity for classes not yet seen.
+        """
+        raise NotImplementedError
+
+    def positives(self, anchors: Tensor, labels: Tensor, tau: float
+                  ) -> Tensor:
+        """Similarities of each anchor with its own class.
+
+        Args:
+            anchors (Tensor): ``(N, D)``.
+            labels (Tensor): int64, ``(N,)``.
+            tau (float): Temperature, > 0.
+
+        Returns:
+            Tensor: ``(N, P)``, minus infinity for what does not exist. One
+            number here: the energy with the own class.
+        """
+        return own_class(
+            self.energies(anchors, tau), labels, self.ignore_index)
+
+    def loss(self,
+             anchors: Tensor,
+             labels: Tensor,
+             tau: float,
+             own: str,
+             base_tau: float | None = None,
+             reduce_positives: str = 'mean',
+             anchor_weights: Tensor | None = None) -> Tensor:
+        """Contrast of anchors with what the bank knows.
+
+        Args:
+            anchors (Tensor): ``(N, D)``, with gradients.
+            labels (Tensor): int64, ``(N,)``.
+            tau (float): Temperature, > 0.
+            own (str): 'energy' or 'positive', see
+                :func:`mmseg_contrast.ops.contrast_loss`.
+            base_tau (float, optional): The loss is times ``tau / base_tau``.
+            reduce_positives (str): 'mean' or 'lse', see there.
+            anchor_weights (Tensor, optional): ``(N,)``, see there.
+
+        Returns:
+            Tensor: 0-d; 0 with zero gradients where nothing counts.
+
+        Raises:
+            ValueError: If an argument is none of these.
+        """
+        scale = temperature_scale(tau, base_tau)
+        return scale * contrast_loss(
+            self.energies(anchors, tau),
+            self.positives(anchors, labels, tau), labels, own,
+            self.ignore_index, reduce_positives, anchor_weights)
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Which labels are those of a class, bool, of the same shape.
+
+        Args:
+            labels (Tensor): int64.
+        """
+        return ((labels >= 0) & (labels < self.num_classes)
+                & (labels != self.ignore_index))
+
+    def check_positive(self, **sizes: int) -> None:
+        """Refuse sizes below 1.
+
+        Args:
+            sizes (int): By the name of the argument.
+
+        Raises:
+            ValueError: Naming bank, argument and value.
+        """
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f'{type(self).__name__}.{name} must be at '
+                                 f'least 1, got {size}')
+
+    def check_choice(self, name: str, value: str, *choices: str) -> None:
+        """Refuse a value that is no choice.
+
+        Args:
+            name (str): The argument.
+            value (str): Its value.
+            choices (str): What it may be.
+
+        Raises:
+            ValueError: Naming bank, argument and choices.
+        """
+        if value not in choices:
+            raise ValueError(
+                f'{type(self).__name__}.{name} = {value!r} must be '
+                f'{" or ".join(map(repr, choices))}')
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor],
+                              prefix: str, *args: Any) -> None:
+        # mmengine only logs shapes that differ, and a bank would start anew.
+        mine = [*self.named_parameters(recurse=False),
+                *self.named_buffers(recurse=False)]
+        for name, tensor in mine:
+            other = state_dict.get(prefix + name)
+            if other is not None and other.shape != tensor.shape:
+                raise ValueError(
+                    f'{type(self).__name__} {prefix + name} has the shape '
+                    f'{tuple(tensor.shape)}, in the checkpoint it has '
+                    f'{tuple(other.shape)}: set the same numbers of classes, '
+                    'channels and entries in the config, or load a '
+                    'checkpoint without this bank')
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def new_share(clock: str, new_weight: float | None, count: Tensor,
+              added: Tensor, dtype: torch.dtype) -> Tensor:
+    """The share of a class's new statistics that is the batch's.
+
+    Args:
+        clock (str): 'cumulative': by numbers of vectors; 'ema':
+            ``new_weight``; 'batch': 1. A class seen for the first time takes
+            the batch's as they are.
+        new_weight (float, optional): Weight of the batch with 'ema'.
+        count (Tensor): Vectors of each class seen before, int64.
+        added (Tensor): Vectors of each class in the batch, int64.
+        dtype (torch.dtype): Of the result.
+
+    Returns:
+        Tensor: In [0, 1]; 0 for a class that is not in the batch.
+    """
+    if clock == 'cumulative':
+        return added.to(dtype) / (count + added).clamp_min(1).to(dtype)
+    present = (added > 0).to(dtype)
+    if clock == 'batch':
+        return present
+    assert new_weight is not None
+    return present.where(count == 0, present * new_weight)
