@@ -100,7 +100,7 @@ setup(
     packages=find_packages(include=['mmseg_contrast', 'mmseg_contrast.*']),
     # mmengine, mmcv and mmseg exist twice (stock and onedl), and a dependency
     # cannot say "either": the extras do, and environment.py checks.
-    install_requires=['torch>=2.0', 'numpy>=1.23'],
+    install_requires=['torch>=2.1', 'numpy>=1.23'],
     extras_require={
         'onedl': [
             'onedl-mmengine>=0.10.12,<0.11',

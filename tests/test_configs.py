@@ -207,6 +207,40 @@ def test_daformers_constants():
     assert [crop.get('cat_max_ratio') for crop in crops] == [0.75, None]
 
 
+def test_constants_of_network_and_schedule():
+    cfg = Config.fromfile(DAFORMER / f'daformer_{MAIN}')
+    student = cfg.model.segmentor
+    assert student.backbone.drop_path_rate == 0.1
+    assert student.decode_head.dropout_ratio == 0.1
+    assert student.decode_head.align_corners is False
+    assert tuple(student.decode_head.fusion.dilations) == (1, 6, 12, 18)
+    assert cfg.model.views.mixed_strong.jitter_strength == 0.2
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, tuple(optimizer.betas),
+            optimizer.weight_decay) == ('AdamW', 6e-5, (0.9, 0.999), 0.01)
+    for stream in cfg.train_dataloader.dataset.streams.values():
+        flips = [step.prob for step in stream.dataset.pipeline
+                 if step.type == 'RandomFlip']
+        assert flips == [0.5]
+
+
+def test_constants_of_dacs():
+    cfg = Config.fromfile(next((ROOT / 'configs/dacs').glob('*gta2*.py')))
+    model = cfg.model
+    assert model.teachers.ema.alpha == 0.99
+    assert model.pseudo_labels.target.threshold == 0.968
+    assert model.views.mixed.class_scope == 'sample'
+    assert model.views.mixed_strong.jitter_strength == 0.25
+    assert tuple(model.segmentor.decode_head.dilations) == (6, 12)
+    assert model.segmentor.decode_head.align_corners is True
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='SGD', lr=2.5e-4, momentum=0.9, weight_decay=5e-4)
+    assert cfg.param_scheduler == [dict(
+        type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=250000,
+        by_epoch=False)]
+    assert cfg.train_cfg.max_iters == 250000
+
+
 @pytest.mark.parametrize(('pair', 'sizes'), [
     ('gta2cityscapes', ((1280, 720), (1024, 512))),
     ('synthia2cityscapes', ((1280, 760), (1024, 512))),

@@ -105,9 +105,11 @@ def test_three_iterations_and_an_evaluation(tmp_path):
         assert row['base_lr'] < 1.3e-7
     assert [row['ema.momentum'] for row in steps] == pytest.approx(
         [0, 1 / 2, 2 / 3], abs=1e-4)
-    # A weight moved by three tiny steps: the frozen copy tells them apart.
-    assert steps[0]['feature_distance.loss_feature_distance'] == 0 or (
-        steps[0]['source.thing_ratio'] > 0)
+    # Stochastic depth alone moves the student from the frozen copy.
+    seen = [row for row in steps if row['source.thing_ratio'] > 0]
+    assert seen
+    assert all(row['feature_distance.loss_feature_distance'] > 0
+               for row in seen)
 
     tool(tmp_path, 'test.py', CONFIG, 'work/iter_3.pth', '--work-dir',
          'test')

@@ -253,7 +253,7 @@ def test_subsets_by_name_and_id_and_absent_classes():
 def test_mistakes_in_subsets_seen_at_once(subsets, words):
     with pytest.raises(ValueError, match=words) as error:
         FieldIoUMetric(class_subsets=subsets)
-    assert 'val_evaluator.class_subsets' in str(error.value)
+    assert 'FieldIoUMetric.class_subsets' in str(error.value)
 
 
 @pytest.mark.parametrize('classes,words', [
@@ -267,7 +267,7 @@ def test_mistakes_in_subsets_seen_with_the_dataset(classes, words):
     metric = FieldIoUMetric(class_subsets=dict(mIoU16=classes))
     with pytest.raises(ValueError, match=words) as error:
         Evaluator([metric]).dataset_meta = dict(classes=CLASSES)
-    assert 'val_evaluator.class_subsets.mIoU16' in str(error.value)
+    assert 'FieldIoUMetric.class_subsets.mIoU16' in str(error.value)
 
 
 class Learner(BaseModel):

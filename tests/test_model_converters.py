@@ -474,7 +474,8 @@ def test_prefixes_are_prefixes():
     rows = table(plain, '', ['decode_head.y']).splitlines()[2:]
     assert [row.split(maxsplit=2) for row in rows] == [
         ['imnet_model', '1', 'another model (--part imnet)'],
-        ['decode_head.y', '1', 'the model has no such key']]
+        ['decode_head.y', '1', 'the model has no such key'],
+        ['Names', 'that', 'the model has not:'], ['decode_head.y']]
     with pytest.raises(ValueError, match=r'no teacher \(ema_model\. or .*'
                        r'begin with backbone \(1\), decode_head \(1\), '
                        r'imnet_model \(1\)\.'):
@@ -514,6 +515,11 @@ def test_keys_without_a_place_are_reported(config, tmp_path, monkeypatch,
     assert ['model.auxiliary_head.convs', '4', nowhere] in rows
     assert ['model.backbone.head', '1', nowhere] in rows
     assert ['discriminator', '1', 'no part of a model'] in rows
+    # Each of that part by its name.
+    for i in range(2):
+        for kind in ('weight', 'bias'):
+            assert [f'model.auxiliary_head.convs.{i}.conv.{kind}'] in rows
+    assert ['model.backbone.head.weight'] in rows
     assert not any('head' in key and 'decode' not in key
                    for key in torch.load(target)['state_dict'])
 

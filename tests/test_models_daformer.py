@@ -116,6 +116,44 @@ def test_dlv2_is_a_sum_of_dilated_convolutions():
     assert 0.008 < head.aspp_modules[0].conv.weight.std() < 0.012
 
 
+def test_pooled_branch_comes_first():
+    """The mean over the image, resized, before the dilated branches."""
+    fusion = head_with(fusion=dict(
+        type='ASPPFusion', separable=False, dilations=(1, ), pool=True)
+    ).fuse_layer
+    maps = torch.randn(2, 24, 4, 4)
+    pooled = fusion.image_pool(maps).expand(-1, -1, 4, 4)
+    wanted = fusion.bottleneck(
+        torch.cat([pooled, fusion.aspp_modules[0](maps)], 1))
+    torch.testing.assert_close(fusion(maps), wanted)
+
+
+def test_published_isa_sizes():
+    fusion = ISAFusion(24, 16, **NORM)
+    assert fusion.down_factor == (8, 8)
+    assert fusion.global_relation.key_project.conv.weight.shape == (
+        256, 16, 1, 1)
+
+
+def test_arguments_arrive():
+    head = head_with(ignore_index=7, align_corners=True)
+    assert head.ignore_index == 7 and head.align_corners
+    dlv2 = DLV2Head(in_channels=10, num_classes=2, align_corners=True,
+                    ignore_index=7, out_channels=1, threshold=0.3)
+    assert dlv2.align_corners and dlv2.ignore_index == 7
+    assert dlv2(stages()).shape[1] == 1 and dlv2.threshold == 0.3
+    mit = MODELS.build(dict(
+        type='ReferenceMixVisionTransformer', embed_dims=8, num_stages=4,
+        num_layers=(1, 1, 1, 1), with_cp=True, drop_rate=0.2,
+        attn_drop_rate=0.3, pretrained='some.pth'))
+    block = mit.layers[0][1][0]
+    assert block.with_cp and block.attn.attn.dropout == 0.3
+    assert block.attn.proj_drop.p == 0.2
+    assert mit.init_cfg == dict(type='Pretrained', checkpoint='some.pth')
+    with pytest.raises(ValueError, match='num_stages'):
+        MODELS.build(dict(type='ReferenceMixVisionTransformer', num_stages=3))
+
+
 @pytest.mark.parametrize('name', ['DAFormerHead', 'DLV2Head',
                                   'ReferenceMixVisionTransformer'])
 def test_registered_for_mmseg(name):

@@ -1,11 +1,13 @@
 """The feature distance: its value, and where its backbone is not."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 
 from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
+from mmseg_contrast.adaptation import FeatureDistance
 from mmseg_contrast.adaptation.objectives.feature_distance import is_pretrained
 
 THINGS = (1, 3)
@@ -137,23 +139,46 @@ def test_pretrained_weights_are_read_once(tmp_path, monkeypatch):
 
 def test_random_features_are_refused():
     model = build(**parts())
-    with pytest.raises(ValueError, match='segmentor.backbone.init_cfg'):
+    with pytest.raises(ValueError, match='model.segmentor.backbone has none'):
+        model.init_weights()
+    model = build(**parts(encoder=dict(type='TinyBackbone')))
+    with pytest.raises(ValueError, match='encoder has none'):
         model.init_weights()
     with pytest.raises(ValueError, match='init_weights'):
         run(build(**parts()), batch())
 
 
-def test_another_encoder():
-    model = build(**parts(encoder=dict(type='TinyBackbone')))
-    model.objectives['fd']._encoder_config = dict(
-        type='MobileNetV2', widen_factor=0.1)
+def test_another_encoder(tmp_path):
+    path = tmp_path / 'other.pth'
+    other = pretrained_student(path)['backbone']
+    model = build(**parts(encoder=other))
     model.init_weights()
-    assert type(model.objectives['fd'].encoder).__name__ == 'MobileNetV2'
+    encoder = model.objectives['fd'].encoder
+    assert torch.equal(encoder.state_dict()['conv1.conv.weight'],
+                       torch.load(path)['conv1.conv.weight'])
+    # Its features are not like the student's.
+    with pytest.raises(ValueError, match=r"like the student's, \(2, 8"):
+        run(model.train(), batch())
+
+
+def test_a_second_initialisation_keeps_the_first_copy(tmp_path):
+    model = build(segmentor=pretrained_student(tmp_path / 'a.pth'), **parts())
+    model.init_weights()
+    encoder = model.objectives['fd'].encoder
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.add_(1)
+    model.init_weights()
+    assert model.objectives['fd'].encoder is encoder
 
 
 @pytest.mark.parametrize(('options', 'sentence'), [
     (dict(classes=(1, CLASSES)), 'ids 0 to 4'),
-    (dict(classes=()), 'some of the ids'),
+    (dict(classes=()), 'model.objectives.fd.classes'),
+    (dict(classes=6), 'got 6'),
+    (dict(classes=('car', )), 'car'),
+    (dict(stage='last'), 'model.objectives.fd.stage'),
+    (dict(min_ratio='much'), 'min_ratio'),
     (dict(min_ratio=1.5), 'min_ratio')])
 def test_wrong_options(options, sentence):
     made = dacs_parts()
@@ -161,6 +186,21 @@ def test_wrong_options(options, sentence):
         dict(type='FeatureDistance', classes=THINGS), **options)
     with pytest.raises(ValueError, match=sentence):
         build(**made)
+
+
+def test_a_stage_that_is_not_there():
+    model = build(**parts(stage=2))
+    frozen(model)
+    with pytest.raises(ValueError, match='2 outputs'):
+        run(model, batch())
+
+
+def test_published_defaults():
+    options = inspect.signature(FeatureDistance).parameters
+    assert options['weight'].default == 0.005
+    assert options['classes'].default == (6, 7, *range(11, 19))
+    assert options['min_ratio'].default == 0.75
+    assert options['stage'].default == -1
 
 
 def test_crops_must_fit_the_stride():

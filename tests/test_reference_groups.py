@@ -20,13 +20,16 @@ def test_reference_parameter_groups():
     backbone, head = model.segmentor.backbone, model.segmentor.decode_head
     assert sum(p.numel() for p in backbone.parameters()) == 81443008
     assert sum(p.numel() for p in head.parameters()) == 3712275
+    # Frozen tensors of the student would have a warning each.
+    frozen = head.fuse_layer.bottleneck.bn.requires_grad_(False)
     wrapper_cfg = cfg.optim_wrapper.copy()
     constructor = wrapper_cfg.pop('constructor')
     records = []
     handler = logging.Handler()
+    logger = MMLogger.get_current_instance()
+    filters = len(logger.filters)
     handler.setLevel(logging.INFO)
     handler.emit = records.append
-    logger = MMLogger.get_current_instance()
     logger.addHandler(handler)
     try:
         wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
@@ -34,8 +37,9 @@ def test_reference_parameter_groups():
             optim_wrapper_cfg=wrapper_cfg))(model)
     finally:
         logger.removeHandler(handler)
-    # One table; nothing of the 1896 frozen tensors of teacher and student.
+    # One table; nothing of the frozen tensors, 982 of them the teacher's.
     assert len(records) == 1
+    assert len(logger.filters) == filters
     assert 'Parameter groups' in records[0].getMessage()
 
     groups = wrapper.optimizer.param_groups
@@ -47,9 +51,11 @@ def test_reference_parameter_groups():
         # Queries, and keys with values, are one tensor in mmseg.
         tensors[round(group['lr'], 9), group['weight_decay']] = sum(
             2 if id(p) in joined else 1 for p in group['params'])
-    assert tensors == {(6e-4, 0.01): 34, (6e-5, 0.0): 322,
+    assert tensors == {(6e-4, 0.01): 34 - 2, (6e-5, 0.0): 322,
                        (6e-5, 0.01): 730}
     assert isinstance(wrapper.optimizer, torch.optim.AdamW)
     # Neither teacher nor frozen backbone.
     inside = {id(p) for group in groups for p in group['params']}
-    assert inside == {id(p) for p in model.segmentor.parameters()}
+    assert inside == {id(p) for p in model.segmentor.parameters()
+                      if p.requires_grad}
+    assert len(list(frozen.parameters())) == 2

@@ -128,7 +128,7 @@ class Transcription:
                 (t, p, high), (high, p, q)][sector]
 
     def blur(self, image, sigma):
-        # 0.1 * 32 pixels, rounded up and made odd as published: 5 taps.
+        # 0.1 * 32 pixels, made odd by the published rule: 3 taps.
         offsets = torch.arange(-1, 2).double()
         line = torch.exp(-offsets**2 / (2 * sigma**2))
         kernel = torch.outer(line, line)

@@ -346,7 +346,12 @@ def _build(group: str, configs: dict[str, dict] | None,
                 f'{cls.__name__} knows {sorted(set(known) - set(offers))}.')
         given = {key: value for key, value in offers.items()
                  if key in known and key not in config}
-        built[name] = cls(**config, **given)
+        try:
+            built[name] = cls(**config, **given)
+        except ValueError as error:
+            # A part does not know the name that the config gave it.
+            raise ValueError(
+                str(error).replace(f'model.{group}.*', where)) from error
     return built
 
 

@@ -73,7 +73,8 @@ class UDAOptimWrapperConstructor:
 
         # The table below says in a few lines what stock constructors say in
         # three for each tensor.
-        with _without_lines('paramwise_options'):
+        with _without_lines('paramwise_options',
+                            'is skipped since its requires_grad'):
             optim_wrapper = self.base(student)
         optimizer = optim_wrapper.optimizer
         drop_frozen(optimizer)
@@ -84,10 +85,10 @@ class UDAOptimWrapperConstructor:
 
 
 @contextmanager
-def _without_lines(text: str) -> Iterator[None]:
-    """Keep log lines that contain a text out of the log."""
+def _without_lines(*texts: str) -> Iterator[None]:
+    """Keep log lines that contain one of the texts out of the log."""
     def kept(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
+        return not any(text in record.getMessage() for text in texts)
 
     logger = MMLogger.get_current_instance()
     logger.addFilter(kept)

@@ -16,7 +16,7 @@ SYNTHIA_13 = tuple(
     name for name in SYNTHIA_16 if name not in ('wall', 'fence', 'pole'))
 READY_MADE = dict(synthia16=SYNTHIA_16, synthia13=SYNTHIA_13)
 
-KEY = 'val_evaluator.class_subsets'
+KEY = 'FieldIoUMetric.class_subsets'
 TAKEN = ('aAcc', 'mIoU', 'mAcc', 'mDice', 'mFscore', 'mPrecision', 'mRecall')
 
 

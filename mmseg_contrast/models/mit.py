@@ -26,6 +26,7 @@ class ReferenceMixVisionTransformer(MixVisionTransformer):
     Args:
         in_channels (int): Channels of the images.
         embed_dims (int): Channels of a head; times ``num_heads`` of a stage.
+        num_stages (int, optional): As mmseg's; the length of the lists.
         num_layers (Sequence[int]): Blocks of each stage.
         num_heads (Sequence[int]): Heads of each stage.
         patch_sizes (Sequence[int]): Kernels of the patch embeddings.
@@ -39,12 +40,17 @@ class ReferenceMixVisionTransformer(MixVisionTransformer):
         drop_path_rate (float): Stochastic depth of the last block, growing
             linearly from 0.
         with_cp (bool): Gradient checkpointing.
+        pretrained (str, optional): As mmseg's: a file, short for init_cfg.
         init_cfg (dict, optional): Where the weights come from.
+
+    Raises:
+        ValueError: If the numbers of stages differ.
     """
 
     def __init__(self,
                  in_channels: int = 3,
                  embed_dims: int = 64,
+                 num_stages: int | None = None,
                  num_layers: Sequence[int] = (3, 6, 40, 3),
                  num_heads: Sequence[int] = (1, 2, 5, 8),
                  patch_sizes: Sequence[int] = (7, 3, 3, 3),
@@ -57,7 +63,12 @@ class ReferenceMixVisionTransformer(MixVisionTransformer):
                  attn_drop_rate: float = 0.0,
                  drop_path_rate: float = 0.1,
                  with_cp: bool = False,
+                 pretrained: str | None = None,
                  init_cfg: dict | None = None) -> None:
+        if num_stages not in (None, len(num_layers)):
+            raise ValueError(
+                f'backbone.num_stages is {num_stages}, but num_layers has '
+                f'{len(num_layers)} entries.')
         super().__init__(
             in_channels=in_channels,
             embed_dims=embed_dims,
@@ -75,6 +86,7 @@ class ReferenceMixVisionTransformer(MixVisionTransformer):
             drop_path_rate=drop_path_rate,
             norm_cfg=dict(type='LN', eps=1e-6),
             with_cp=with_cp,
+            pretrained=pretrained,
             init_cfg=init_cfg)
         for name, module in self.named_modules():
             published = (isinstance(module, PatchEmbed)

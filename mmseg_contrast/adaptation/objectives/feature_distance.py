@@ -66,12 +66,16 @@ class FeatureDistance(nn.Module):
                  stage: int = -1,
                  encoder: dict | None = None) -> None:
         super().__init__()
-        wrong = [c for c in classes if not 0 <= c < num_classes]
+        wrong = not isinstance(classes, Sequence) or not all(
+            isinstance(c, int) and 0 <= c < num_classes for c in classes)
         if wrong or not classes:
             raise ValueError(
                 'model.objectives.*.classes of FeatureDistance must be some '
-                f'of the ids 0 to {num_classes - 1}, got {list(classes)}.')
-        if not 0 <= min_ratio <= 1:
+                f'of the ids 0 to {num_classes - 1}, got {classes!r}.')
+        if not isinstance(stage, int):
+            raise ValueError('model.objectives.*.stage must be a number, got '
+                             f'{stage!r}.')
+        if not (isinstance(min_ratio, (int, float)) and 0 <= min_ratio <= 1):
             raise ValueError('model.objectives.*.min_ratio must lie in '
                              f'[0, 1], got {min_ratio}.')
         self.view = view
@@ -92,21 +96,27 @@ class FeatureDistance(nn.Module):
     def init_weights(self) -> None:
         """Freeze a copy of the student's backbone, freshly initialised.
 
+        Later calls change nothing: the student has been trained since.
+
         Raises:
             ValueError: If nothing says that its weights are pretrained.
         """
-        if self._encoder_config is not None:
-            encoder = MODELS.build(self._encoder_config)
+        if self._encoder:
+            return
+        own = self._encoder_config is not None
+        encoder = (MODELS.build(self._encoder_config) if own
+                   else self._student[0].backbone)
+        if not is_pretrained(encoder):
+            where = ('the objective\'s encoder' if own
+                     else 'model.segmentor.backbone')
+            raise ValueError(
+                'FeatureDistance compares with pretrained features, but '
+                f'{where} has none: set its init_cfg='
+                "dict(type='Pretrained', checkpoint=...).")
+        if own:
             encoder.init_weights()
         else:
-            backbone = self._student[0].backbone
-            if not is_pretrained(backbone):
-                raise ValueError(
-                    'FeatureDistance compares with pretrained features, but '
-                    'the student has none: set model.segmentor.backbone.'
-                    "init_cfg=dict(type='Pretrained', checkpoint=...), or "
-                    'give the objective an encoder=dict(..., init_cfg=...).')
-            encoder = copy.deepcopy(backbone)
+            encoder = copy.deepcopy(encoder)
         # All ranks compare with the same weights, whatever was not in the
         # file and drawn instead.
         for tensor in chain(encoder.parameters(), encoder.buffers()):
@@ -156,9 +166,18 @@ class FeatureDistance(nn.Module):
             raise ValueError(
                 f'FeatureDistance on the view {self.view!r} needs labels and '
                 "a student whose extract_feat is EncoderDecoder's.")
+        if not -len(stages) <= self.stage < len(stages):
+            raise ValueError(
+                f'FeatureDistance(stage={self.stage}): the backbone has '
+                f'{len(stages)} outputs.')
         with torch.no_grad():
             reference = self.encoder(view.images, **view.inputs)[self.stage]
         features = stages[self.stage]
+        if reference.shape != features.shape:
+            raise ValueError(
+                'FeatureDistance needs an encoder whose features are like the '
+                f"student's, {tuple(features.shape)}, but they are "
+                f'{tuple(reference.shape)}.')
         labels = downscale_labels(
             view.labels, _factor(view.labels, features), self.num_classes,
             self.min_ratio)

@@ -199,7 +199,8 @@ def table(weights: Iterable[str], prefix: str,
             that have no place.
 
     Returns:
-        str: Lines of a table, or one line that says that there is nothing.
+        str: Lines of a table, with the names of that part that have no
+        place one by one, or one line that says that there is nothing.
     """
     rows: Counter[tuple[str, str]] = Counter()
     for key in weights:
@@ -211,6 +212,7 @@ def table(weights: Iterable[str], prefix: str,
             rows[_first(key, root, 1), 'not the backbone'] += 1
         else:
             rows[root, _which(root)] += 1
+    unplaced = list(unplaced)
     for key in unplaced:
         rows[_first(prefix + key, prefix, 2), 'the model has no such key'] += 1
     if not rows:
@@ -219,6 +221,9 @@ def table(weights: Iterable[str], prefix: str,
     lines = ['Not placed:', f'  {"prefix":{width}}  keys  why']
     lines += [f'  {name:{width}}  {count:4d}  {why}'
               for (name, why), count in rows.items()]
+    if unplaced:
+        lines += ['Names that the model has not:',
+                  *(f'  {prefix}{key}' for key in unplaced)]
     return '\n'.join(lines)
 
 
