@@ -90,7 +90,7 @@ def test_wheel_demands_neither_stack(wheel):
             'mmseg_contrast-0.1.0.dist-info/METADATA').decode()
     demands = re.findall(r'^Requires-Dist: (.*)$', text, re.M)
     assert [d for d in demands if 'extra ==' not in d] == [
-        'torch>=2.0', 'numpy>=1.23'
+        'torch>=2.1', 'numpy>=1.23'
     ]
     extras = re.findall(r'^Provides-Extra: (.*)$', text, re.M)
     assert extras == ['onedl', 'openmmlab', 'tests']
