@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
 import pickle
 import sys
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +26,7 @@ if (ROOT / 'mmseg_contrast').is_dir():  # a clone uses its own code
     sys.path.insert(0, str(ROOT))
 
 from mmseg_contrast.environment import allow_checkpoint_classes  # noqa: E402, I001
+from mmseg_contrast.files import written_whole  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -179,18 +178,8 @@ def write(published: dict[str, Any], folder: Path, stem: str) -> Path:
     data = buffer.getvalue()
     path = folder / f'{stem}-{hashlib.sha256(data).hexdigest()[:8]}.pth'
 
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f'.{stem}-')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(path) as file:
+        file.write(data)
     return path
 
 

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import contrast_loss, own_class, temperature_scale
+from ..ops import (
+    check_choice,
+    contrast_loss,
+    known_labels,
+    own_class,
+    temperature_scale,
+)
 
 
 class Bank(nn.Module):
@@ -122,8 +128,7 @@ class Bank(nn.Module):
         Args:
             labels (Tensor): int64.
         """
-        return ((labels >= 0) & (labels < self.num_classes)
-                & (labels != self.ignore_index))
+        return known_labels(labels, self.num_classes, self.ignore_index)
 
     def check_positive(self, **sizes: int) -> None:
         """Refuse sizes below 1.
@@ -150,10 +155,7 @@ class Bank(nn.Module):
         Raises:
             ValueError: Naming bank, argument and choices.
         """
-        if value not in choices:
-            raise ValueError(
-                f'{type(self).__name__}.{name} = {value!r} must be '
-                f'{" or ".join(map(repr, choices))}')
+        check_choice(f'{type(self).__name__}.{name}', value, choices)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor],
                               prefix: str, *args: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmseg.datasets import BaseSegDataset, CityscapesDataset
@@ -15,14 +15,8 @@ _CONDITIONS = ('fog', 'night', 'rain', 'snow')
 _SPLITS = ('train', 'val', 'test')
 
 
-@DATASETS.register_module()
-class GTADataset(BaseSegDataset):
-    """GTA5: 24,966 frames of a game (Richter et al., ECCV 2016).
-
-    Made for the output of ``tools/dataset_converters/gta.py``: images
-    ``images/00001.png``, labels ``labels/00001_labelTrainIds.png``. Some
-    labels of the release have another size than their image; the converter
-    lists the other pairs in ``pairs.txt``, and these are the data set.
+class RenderedDataset(BaseSegDataset):
+    """Images and converted labels in two flat folders.
 
     Args:
         ann_file (str, optional): List of stems, one per line, below
@@ -33,7 +27,7 @@ class GTADataset(BaseSegDataset):
         metainfo (dict, optional): See ``mmseg.BaseSegDataset``.
         data_root (str, optional): Folder of the data set.
         data_prefix (dict, optional): ``img_path`` and ``seg_map_path``. None:
-            ``images`` and ``labels``.
+            the folders of the release.
         pipeline (list): Transforms.
         test_mode (bool): See ``mmengine.BaseDataset``.
         indices (int or list[int], optional): A subset.
@@ -47,6 +41,7 @@ class GTADataset(BaseSegDataset):
     """
 
     METAINFO = CityscapesDataset.METAINFO
+    FOLDERS: Mapping[str, str] = {}
 
     def __init__(self,
                  ann_file: str | None = None,
@@ -65,15 +60,14 @@ class GTADataset(BaseSegDataset):
         if ann_file is None:
             listed = os.path.isfile(os.path.join(data_root or '', PAIR_LIST))
             ann_file = PAIR_LIST if listed else ''
-        if data_prefix is None:
-            data_prefix = dict(img_path='images', seg_map_path='labels')
         super().__init__(
             ann_file=ann_file,
             img_suffix=img_suffix,
             seg_map_suffix=seg_map_suffix,
             metainfo=metainfo,
             data_root=data_root,
-            data_prefix=data_prefix,
+            data_prefix=dict(
+                self.FOLDERS if data_prefix is None else data_prefix),
             pipeline=list(pipeline),
             test_mode=test_mode,
             indices=indices,
@@ -92,75 +86,31 @@ class GTADataset(BaseSegDataset):
 
 
 @DATASETS.register_module()
-class SynthiaDataset(BaseSegDataset):
+class GTADataset(RenderedDataset):
+    """GTA5: 24,966 frames of a game (Richter et al., ECCV 2016).
+
+    Made for the output of ``tools/dataset_converters/gta.py``: images
+    ``images/00001.png``, labels ``labels/00001_labelTrainIds.png``. Some
+    labels of the release have another size than their image; the converter
+    lists the other pairs in ``pairs.txt``, and these are the data set. Its
+    arguments are those of :class:`RenderedDataset`.
+    """
+
+    FOLDERS = dict(img_path='images', seg_map_path='labels')
+
+
+@DATASETS.register_module()
+class SynthiaDataset(RenderedDataset):
     """SYNTHIA-RAND-CITYSCAPES: 9,400 frames (Ros et al., CVPR 2016).
 
     Made for the output of ``tools/dataset_converters/synthia.py``: images
     ``RGB/0000000.png``, labels ``GT/LABELS/0000000_labelTrainIds.png``. The
     train ids 9 (terrain), 14 (truck) and 16 (train) never occur; results are
-    published over the other 16 classes.
-
-    Args:
-        ann_file (str): List of stems, one per line, below ``data_root``.
-            Empty: every image.
-        img_suffix (str): End of the names of images.
-        seg_map_suffix (str): End of the names of label files.
-        metainfo (dict, optional): See ``mmseg.BaseSegDataset``.
-        data_root (str, optional): Folder of the data set.
-        data_prefix (dict, optional): ``img_path`` and ``seg_map_path``. None:
-            ``RGB`` and ``GT/LABELS``.
-        pipeline (list): Transforms.
-        test_mode (bool): See ``mmengine.BaseDataset``.
-        indices (int or list[int], optional): A subset.
-        serialize_data (bool): See ``mmengine.BaseDataset``.
-        lazy_init (bool): See ``mmengine.BaseDataset``.
-        max_refetch (int): See ``mmengine.BaseDataset``.
-        backend_args (dict, optional): See ``mmseg.BaseSegDataset``.
-
-    Raises:
-        ValueError: If the folder of the images is missing or empty.
+    published over the other 16 classes. Its arguments are those of
+    :class:`RenderedDataset`.
     """
 
-    METAINFO = CityscapesDataset.METAINFO
-
-    def __init__(self,
-                 ann_file: str = '',
-                 img_suffix: str = '.png',
-                 seg_map_suffix: str = '_labelTrainIds.png',
-                 metainfo: dict | None = None,
-                 data_root: str | None = None,
-                 data_prefix: dict | None = None,
-                 pipeline: list | tuple = (),
-                 test_mode: bool = False,
-                 indices: Any = None,
-                 serialize_data: bool = True,
-                 lazy_init: bool = False,
-                 max_refetch: int = 1000,
-                 backend_args: dict | None = None) -> None:
-        if data_prefix is None:
-            data_prefix = dict(img_path='RGB', seg_map_path='GT/LABELS')
-        super().__init__(
-            ann_file=ann_file,
-            img_suffix=img_suffix,
-            seg_map_suffix=seg_map_suffix,
-            metainfo=metainfo,
-            data_root=data_root,
-            data_prefix=data_prefix,
-            pipeline=list(pipeline),
-            test_mode=test_mode,
-            indices=indices,
-            serialize_data=serialize_data,
-            lazy_init=lazy_init,
-            max_refetch=max_refetch,
-            backend_args=backend_args)
-
-    def load_data_list(self) -> list[dict]:
-        """List the pairs.
-
-        Returns:
-            list[dict]: Data infos, see ``mmseg.BaseSegDataset``.
-        """
-        return _not_empty(self, _image_folder(self), super().load_data_list())
+    FOLDERS = dict(img_path='RGB', seg_map_path='GT/LABELS')
 
 
 @DATASETS.register_module()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.logging import print_log
 from mmengine.utils import ProgressBar
 
+from ..files import written_whole
 from .reader import Reader
 
 _FORMAT = 1
@@ -149,19 +149,11 @@ def _read(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 def _write(path: Path, key: str, classes: Sequence[str], counts: np.ndarray,
            sizes: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = dict(
         key=key,
         classes=list(classes),
         total=dict(zip(classes, counts.sum(axis=0).tolist(), strict=True)),
         pixels=counts.tolist(),
         sizes=sizes.tolist())
-    # a reader sees the old file or the whole new one
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
-    try:
-        with os.fdopen(handle, 'w') as file:
-            json.dump(stored, file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(path) as file:
+        file.write(json.dumps(stored).encode())

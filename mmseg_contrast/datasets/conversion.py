@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -23,6 +24,7 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.utils import ProgressBar
 from PIL import Image
 
+from ..files import written_whole
 from .reader import refuse_truncated
 
 IGNORE = 255
@@ -305,19 +307,9 @@ def write_png(path: str, labels: np.ndarray) -> None:
 
 
 def _write(path: str, content: bytes) -> None:
-    folder, name = os.path.split(path)
-    # hidden, so that no scan for label files takes it for one
-    temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
     try:
-        os.makedirs(folder or '.', exist_ok=True)
-        try:
-            with open(temporary, 'wb') as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+        with written_whole(Path(path)) as file:
+            file.write(content)
     except OSError as error:
         raise ValueError(f'cannot write {path} ({error})') from error
 

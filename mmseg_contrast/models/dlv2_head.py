@@ -9,8 +9,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor
 
-CROSS_ENTROPY = dict(
-    type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
+from .daformer_head import CROSS_ENTROPY
 
 
 @MODELS.register_module()

@@ -9,13 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = 255
-
-
-def _with_ignore_last(labels: Tensor, num_classes: int) -> Tensor:
-    """Class ids with ignored pixels (and ids outside) as ``num_classes``."""
-    inside = (labels >= 0) & (labels < num_classes)
-    return torch.where(inside, labels, num_classes)
+from .labels import ignored_last
 
 
 def present_classes(labels: Tensor,
@@ -36,7 +30,7 @@ def present_classes(labels: Tensor,
     Returns:
         Tensor: bool, ``(N, C + 1)``; the last column stands for 255.
     """
-    ids = _with_ignore_last(labels, num_classes).flatten(1)
+    ids = ignored_last(labels, num_classes).flatten(1)
     present = torch.zeros(
         len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
     present.scatter_(1, ids, True)
@@ -77,7 +71,7 @@ def class_mask(labels: Tensor, chosen: Tensor) -> Tensor:
     Returns:
         Tensor: bool, ``(N, H, W)``.
     """
-    ids = _with_ignore_last(labels, chosen.shape[1] - 1)
+    ids = ignored_last(labels, chosen.shape[1] - 1)
     return chosen.gather(1, ids.flatten(1)).view_as(labels)
 
 

@@ -10,7 +10,8 @@ import torch
 from mmengine.dist import all_gather, get_world_size
 from torch import Tensor
 
-IGNORE = 255
+from .labels import IGNORE, ignored_last
+
 Moments = tuple[Tensor, Tensor, Tensor]
 
 
@@ -35,9 +36,8 @@ def class_moments(features: Tensor,
     """
     features = features.to(
         torch.promote_types(features.dtype, torch.float32))
-    known = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     # Ignored rows are a class of their own, which is cut off at the end.
-    ids = torch.where(known, labels, num_classes)
+    ids = ignored_last(labels, num_classes, ignore_index)
     count = ids.new_zeros(num_classes + 1)
     count.index_add_(0, ids, torch.ones_like(ids))
     zeros = features.new_zeros(num_classes + 1, features.shape[1])

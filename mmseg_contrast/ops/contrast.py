@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
+from .labels import IGNORE, known_labels
+
 ABSENT = -float('inf')
 
 
@@ -32,11 +33,6 @@ def _similarities(anchors: Tensor, keys: Tensor, tau: float) -> Tensor:
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     with torch.autocast(anchors.device.type, enabled=False):
         return anchors.to(dtype) @ keys.to(dtype).T / tau
-
-
-def _known(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return ((labels >= 0) & (labels < num_classes)
-            & (labels != ignore_index))
 
 
 def prototype_energies(anchors: Tensor, mean: Tensor, tau: float,
@@ -129,7 +125,7 @@ def own_class(energies: Tensor, labels: Tensor, ignore_index: int = IGNORE
     Returns:
         Tensor: ``(N, 1)``, minus infinity for anchors without a class.
     """
-    known = _known(labels, energies.shape[1], ignore_index).unsqueeze(1)
+    known = known_labels(labels, energies.shape[1], ignore_index).unsqueeze(1)
     ids = labels.unsqueeze(1).where(known, labels.new_zeros(()))
     return energies.gather(1, ids).masked_fill(~known, ABSENT)
 
@@ -153,7 +149,7 @@ def bank_positives(anchors: Tensor, labels: Tensor, keys: Tensor,
     classes, length = filled.shape
     every = _similarities(anchors, keys.flatten(0, 1), tau)
     every = every.masked_fill(~filled.flatten(), ABSENT)
-    known = _known(labels, classes, ignore_index).view(-1, 1, 1)
+    known = known_labels(labels, classes, ignore_index).view(-1, 1, 1)
     ids = labels.view(-1, 1, 1).where(known, labels.new_zeros(()))
     own = every.view(-1, classes, length).gather(
         1, ids.expand(-1, 1, length)).squeeze(1)
@@ -186,7 +182,7 @@ def contrast_terms(energies: Tensor,
     """
     dtype = torch.promote_types(energies.dtype, torch.float32)
     energies, positives = energies.to(dtype), positives.to(dtype)
-    known = _known(labels, energies.shape[1], ignore_index).unsqueeze(1)
+    known = known_labels(labels, energies.shape[1], ignore_index).unsqueeze(1)
     ids = labels.unsqueeze(1).where(known, labels.new_zeros(()))
     if reduce_positives == 'lse':
         positives = finite_logsumexp(positives, 1).unsqueeze(1)
@@ -350,7 +346,7 @@ def contrast_regularizer(anchors: Tensor,
         Tensor: 0-d; 0 without an anchor or with less than two classes.
     """
     dtype = torch.promote_types(anchors.dtype, torch.float32)
-    known = _known(labels, len(mean), ignore_index)
+    known = known_labels(labels, len(mean), ignore_index)
     kept = anchors.to(dtype).where(known.unsqueeze(1), anchors.new_zeros(
         (), dtype=dtype))
     number = known.sum()

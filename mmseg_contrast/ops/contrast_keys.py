@@ -27,12 +27,12 @@ from torch import Tensor
 
 from .contrast import (
     ABSENT,
-    IGNORE,
     check_choice,
     check_form,
     contrast_terms,
     temperature_scale,
 )
+from .labels import IGNORE
 from .pair_relation import PairRule
 
 #: Similarities of a chunk: 32 MiB in float32. The pair form has some ten

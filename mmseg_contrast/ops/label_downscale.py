@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = 255
+from .labels import IGNORE, ignored_last
 
 
 def downscale_labels(labels: Tensor,
@@ -41,8 +41,7 @@ def downscale_labels(labels: Tensor,
             f'labels of {height} x {width} pixels have no whole number of '
             f'cells of {factor} x {factor}; use a crop whose sides are '
             f'multiples of {factor}')
-    inside = (labels >= 0) & (labels < num_classes)
-    ids = torch.where(inside, labels, num_classes)
+    ids = ignored_last(labels, num_classes, ignore_index)
     cells = ids.view(samples, height // factor, factor, width // factor,
                      factor).transpose(2, 3).flatten(3)
     counts = torch.zeros(

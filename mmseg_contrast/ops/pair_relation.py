@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-IGNORE = 255
+from .labels import IGNORE
+
 PairRule = Callable[[slice], Tensor]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.dist import all_gather, get_world_size
 from torch import Tensor
 
-IGNORE = 255
+from .labels import IGNORE
 
 
 def top_scored(labels: Tensor, scores: Tensor, num_classes: int, number: int,

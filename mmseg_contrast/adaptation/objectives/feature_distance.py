@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from mmengine.dist import broadcast
@@ -84,7 +84,7 @@ class FeatureDistance(nn.Module):
         self.weight = weight
         self.min_ratio = min_ratio
         self.stage = stage
-        # One more row: 255 looks up "no thing".
+        # Up to 255: ignored positions look up "no thing".
         things = torch.zeros(256, dtype=torch.bool)
         things[list(classes)] = True
         self.register_buffer('things', things, persistent=False)
@@ -205,16 +205,8 @@ def is_pretrained(backbone: nn.Module) -> bool:
     Args:
         backbone (nn.Module): Any backbone of mmseg.
     """
-    return any(
-        isinstance(one, Mapping) and (
-            one.get('type') == 'Pretrained' or 'checkpoint' in one)
-        for one in _flat(getattr(backbone, 'init_cfg', None))
-    ) or bool(getattr(backbone, 'pretrained', None))
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _flat(one)
-    else:
-        yield value
+    configs = getattr(backbone, 'init_cfg', None) or ()
+    if isinstance(configs, Mapping):
+        configs = (configs, )
+    return (any('checkpoint' in config for config in configs)
+            or bool(getattr(backbone, 'pretrained', None)))

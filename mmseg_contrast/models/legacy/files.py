@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
-import tempfile
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...environment import allow_checkpoint_classes
+from ...files import written_whole
 
 #: What mmcv 1.x and timm put beside the weights, and what is read instead:
 #: containers without behaviour. A config dict is read as an ordered one,
@@ -104,20 +103,9 @@ def write_weights(target: Path, weights: Mapping[str, Tensor],
         weights (Mapping[str, Tensor]): By name.
         meta (Mapping): Builtin types only, so that every torch loads it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=target.parent, prefix=f'.{target.name}-')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(
-                dict(meta=dict(meta), state_dict=OrderedDict(weights)), file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(target) as file:
+        torch.save(
+            dict(meta=dict(meta), state_dict=OrderedDict(weights)), file)
 
 
 @contextmanager
