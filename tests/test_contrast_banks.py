@@ -52,6 +52,13 @@ def state(bank):
     return {name: one.clone() for name, one in bank.state_dict().items()}
 
 
+def knowledge(bank):
+    """The state without the age, which grows with every update."""
+    known = state(bank)
+    del known['age']
+    return known
+
+
 # Statistics
 
 
@@ -110,19 +117,98 @@ def test_a_moving_gaussian_is_that_of_the_mixture():
 def test_an_absent_class_is_not_touched(kind):
     bank = build(kind)
     bank.update(*draw(60, 0))
-    before = state(bank)
+    before = knowledge(bank)
     bank.update(*draw(60, 1, present=(0, 1, 3)))
-    for name, tensor in bank.state_dict().items():
+    for name, tensor in knowledge(bank).items():
         assert torch.equal(before[name][2], tensor[2]), name
     changed = 'keys' if 'keys' in before else 'mean'
     assert not torch.equal(before[changed][1], bank.state_dict()[changed][1])
     # Nor is any by a batch without a label, or without a vector.
-    before = state(bank)
+    before = knowledge(bank)
     vectors, _, scores, images, number = draw(7, 2)
     bank.update(vectors, torch.full((7, ), 255), scores, images, number)
     bank.update(*draw(0))
-    for name, tensor in bank.state_dict().items():
+    for name, tensor in knowledge(bank).items():
         assert torch.equal(before[name], tensor), name
+    assert bank.age.tolist() == [2, 2, 3, 2]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_age_counts_updates_since_a_class_was_there(kind):
+    bank = build(kind)
+    assert bank.age.tolist() == [-1] * CLASSES
+    ages = []
+    for present in ((0, 1), (1, 3), (1, ), (0, ), ()):
+        vectors, _, scores, images, number = draw(40, 1)
+        labels = torch.tensor([*present, 255])[
+            torch.arange(40) % (len(present) + 1)]
+        bank.update(vectors, labels, scores, images, number)
+        ages.append(bank.age.tolist())
+    assert ages == [[0, 0, -1, -1], [1, 0, -1, 0], [2, 0, -1, 1],
+                    [0, 1, -1, 2], [1, 2, -1, 3]]
+    assert bank.age.dtype == torch.int64 and 'age' in bank.state_dict()
+
+
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_checkpoint_without_an_age_can_be_loaded(kind, strict):
+    model = nn.Module()
+    model.bank = build(kind)
+    model.bank.update(*draw(60, 1, present=(0, 1, 3)))
+    old = model.state_dict()
+    del old['bank.age']
+    fresh = nn.Module()
+    fresh.bank = build(kind)
+    load_state_dict(fresh, old, strict=strict)
+    assert fresh.bank.age.tolist() == [0, 0, -1, 0]
+    assert 'bank.age' not in old
+    # A checkpoint without the bank is none of a bank without an age.
+    fresh.bank.age.fill_(7)
+    load_state_dict(fresh, {}, strict=False)
+    assert fresh.bank.age.tolist() == [7] * CLASSES
+
+
+def test_what_does_not_remember_has_no_age():
+    for config in (dict(type='BatchBank'), dict(type='PrototypeTokens')):
+        bank = MODELS.build({**SIZES, **config})
+        bank.update(*draw(9))
+        assert bank.age.eq(-1).all() and 'age' not in bank.state_dict()
+        nn.Module.load_state_dict(bank, bank.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize('kind', [*KINDS, 'half', 'tokens', 'batch'])
+def test_centres_are_the_mean_key_of_each_class(kind):
+    config = KINDS.get(kind) or dict(
+        half=dict(type='PixelQueue', length=5, number=2, dtype='float16'),
+        tokens=dict(type='PrototypeTokens', prototypes=2),
+        batch=dict(type='BatchBank'))[kind]
+    bank = MODELS.build({**SIZES, **config})
+    for seed in range(3):
+        bank.update(*draw(40, seed, present=(0, 1, 3)))
+    centres, there = bank.centres()
+    assert centres.dtype == torch.float32 and not centres.requires_grad
+    assert centres.shape == (CLASSES, WIDTH)
+    if kind in ('tokens', 'batch'):
+        assert there.tolist() == [kind == 'tokens'] * CLASSES
+    else:
+        assert there.tolist() == [True, True, False, True]
+    assert centres[~there].eq(0).all()
+    for c in there.nonzero().flatten().tolist():
+        if hasattr(bank, 'keys'):
+            want = bank.keys[c][bank.occupied()[c]].float().mean(0)
+        elif kind == 'tokens':
+            want = F.normalize(bank.tokens[c], dim=1).mean(0)
+        elif kind == 'several':
+            n = bank.count[c].float()
+            assert n.unique().numel() > 1
+            want = (n @ bank.mean[c]) / n.sum()
+        else:
+            want = bank.mean.view(CLASSES, WIDTH)[c]
+        torch.testing.assert_close(centres[c], want.detach())
+    if kind in ('cumulative', 'several', 'gaussian'):
+        # They are no view of the state.
+        centres.zero_()
+        assert bank.mean.abs().sum() > 0
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -558,7 +644,11 @@ def test_two_ranks_have_the_same_banks_as_one(tmp_path):
             # Each rank draws from its own: as one after the other.
             for part in parts:
                 alone.update(*part)
-        for name, one in alone.state_dict().items():
+        once = build('batches')
+        for seed in range(8):
+            once.update(*shares(seed)[0])
+        assert torch.equal(results[0][kind]['age'], once.age)
+        for name, one in knowledge(alone).items():
             torch.testing.assert_close(results[0][kind][name], one)
 
 

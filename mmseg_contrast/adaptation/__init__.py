@@ -1,16 +1,33 @@
 """One iteration of adaptation: views, teachers, objectives, and their sum."""
 
-from .objectives import FeatureDistance, Segmentation
-from .pseudo_labels import ConfidentFraction, PseudoLabels
+from .objectives import (
+    Contrast,
+    FeatureDistance,
+    PrototypeConsistency,
+    Segmentation,
+    SymmetricCrossEntropy,
+)
+from .prototype_state import PrototypeState
+from .pseudo_labels import (
+    ClassThresholds,
+    ConfidentFraction,
+    ConfidentPixels,
+    PrototypeRectified,
+    PseudoLabels,
+    StoredPseudoLabels,
+)
 from .segmentor import UDASegmentor
 from .state_dict import RESERVED_ROOTS
 from .step import Step
 from .teachers import EMATeacher
 from .view import View
-from .views import ClassMix, StrongAugment
+from .views import BalancedCrop, ClassMix, StrongAugment
 
 __all__ = [
-    'RESERVED_ROOTS', 'ClassMix', 'ConfidentFraction', 'EMATeacher',
-    'FeatureDistance', 'PseudoLabels', 'Segmentation', 'Step',
-    'StrongAugment', 'UDASegmentor', 'View'
+    'RESERVED_ROOTS', 'BalancedCrop', 'ClassMix', 'ClassThresholds',
+    'ConfidentFraction', 'ConfidentPixels', 'Contrast', 'EMATeacher',
+    'FeatureDistance', 'PrototypeConsistency', 'PrototypeRectified',
+    'PrototypeState', 'PseudoLabels', 'Segmentation', 'Step',
+    'StoredPseudoLabels', 'StrongAugment', 'SymmetricCrossEntropy',
+    'UDASegmentor', 'View'
 ]

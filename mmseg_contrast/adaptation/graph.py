@@ -35,6 +35,7 @@ def check(model: UDASegmentor) -> list[str]:
                 raise ValueError(
                     f'model.views.{name}.pseudo_label = {policy!r} is not in '
                     f'model.pseudo_labels ({sorted(model.pseudo_labels)}).')
+    _check_contrast(model)
     depths = {name: max((_depth(model, view, ())
                          for view in objective.needs), default=0)
               for name, objective in model.objectives.items()}
@@ -74,6 +75,39 @@ def streams_needed(model: UDASegmentor) -> set[str]:
         else:
             needed.add(view)
     return needed
+
+
+def _check_contrast(model: UDASegmentor) -> None:
+    """Each ContrastHead has one objective, and this has what it names."""
+    claims: dict[str, str] = {}
+    for name, objective in model.objectives.items():
+        where = f'model.objectives.{name}'
+        for policy in getattr(objective, 'needs_pseudo_labels', ()):
+            if policy not in model.pseudo_labels:
+                raise ValueError(
+                    f'{where}.pseudo_labels names {policy!r}, which is not '
+                    'in model.pseudo_labels '
+                    f'({sorted(model.pseudo_labels)}).')
+        teacher = getattr(objective, 'needs_teacher', None)
+        if teacher is not None and teacher not in model.teachers:
+            raise ValueError(
+                f'{where}.teacher = {teacher!r} is not in model.teachers '
+                f'({sorted(model.teachers)}).')
+        head = getattr(objective, 'head', None)
+        if head is None:
+            continue
+        if head in claims:
+            raise ValueError(
+                f'model.objectives.{claims[head]} and {where} both claim the '
+                f'head {head!r}: its bank would be filled twice. Name all '
+                'views in one objective, or give each a head of its own.')
+        claims[head] = name
+    for head in model.adapter.contrast:
+        if head not in claims:
+            raise ValueError(
+                'model.segmentor.auxiliary_head has a ContrastHead that no '
+                "objective uses: add model.objectives.contrast=dict(type="
+                f"'Contrast', head={head!r}).")
 
 
 def _check_folding(model: UDASegmentor) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.dist import get_rank
 from mmengine.logging import MessageHub
 from mmengine.structures import PixelData
@@ -15,9 +16,9 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..models import DomainDataPreprocessor
+from ..models import Clock, DomainDataPreprocessor
+from ..ops import normalized
 from . import graph
-from .clock import Clock
 from .state_dict import RESERVED_ROOTS, transparent_state_dict
 from .step import Step
 from .students import StudentAdapter
@@ -370,6 +371,26 @@ def _stream_view(name: str, images: Tensor,
     if all('gt_edge_map' in one for one in samples):
         extras['edges'] = torch.cat(
             [one.gt_edge_map.data for one in samples]).long()
+    extras.update(_stored_labels(images, samples))
     return View(name=name, images=images, domain=name, labels=labels,
                 valid=valid, metas=[one.metainfo for one in samples],
                 extras=extras)
+
+
+def _stored_labels(images: Tensor, samples: list[SegDataSample]
+                   ) -> dict[str, Tensor]:
+    """Pseudo-labels from files: hard ids, or soft ones that sum to 1."""
+    found = {}
+    for field, empty in (('pseudo_label', 255), ('pseudo_probs', 0)):
+        if all(field in one for one in samples):
+            # mmseg pads images alone, to the right and below.
+            found[field] = torch.stack([F.pad(
+                one.get(field).data,
+                (0, images.shape[-1] - one.get(field).shape[-1],
+                 0, images.shape[-2] - one.get(field).shape[-2]),
+                value=empty) for one in samples])
+    if 'pseudo_label' in found:
+        found['pseudo_label'] = found['pseudo_label'][:, 0].long()
+    if 'pseudo_probs' in found:
+        found['pseudo_probs'] = normalized(found['pseudo_probs'].float())
+    return found

@@ -40,6 +40,7 @@ class Step:
         self.rank = rank
         self.views: dict[str, View] = dict(streams)
         self.students: dict[str, StudentOutput] = {}
+        self.passes: dict[tuple[str, str], StudentOutput] = {}
         self.predictions: dict[tuple[str, str], Tensor] = {}
         self.pseudo_labels: dict[str, PseudoLabels] = {}
         self.logs: dict[str, Tensor] = {}
@@ -76,8 +77,19 @@ class Step:
             with forked_rng(seen.images.device,
                             *self._position('teacher', name, view)):
                 self.predictions[key] = self._model.teachers[name].predict(
-                    seen)
+                    seen, self.passes.get(key))
         return self.predictions[key]
+
+    def teacher_pass(self, name: str, view: str) -> StudentOutput:
+        """A teacher's features, decoder features and embeddings of a view.
+
+        Without gradients.
+        """
+        key = (name, view)
+        if key not in self.passes:
+            self.passes[key] = self._model.teachers[name].see(
+                self.view(view), self._position('teacher', name, view))
+        return self.passes[key]
 
     def pseudo_label(self, name: str) -> PseudoLabels:
         """Pseudo-labels by the policy's name."""

@@ -12,6 +12,8 @@ from mmengine.config import ConfigDict
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from torch import Tensor, nn
 
+from ..models import ContrastHead
+from ..models.classifier_input import Seen, classifier_input
 from ..ops import forked_rng
 from .heads import Target, adapt_head
 from .view import View
@@ -19,6 +21,33 @@ from .view import View
 _TRAINING = ('loss', '_decode_head_forward_train',
              '_auxiliary_head_forward_train')
 _SCORE_HEADS = ('Mask2FormerHead', 'MaskFormerHead')
+
+
+def _auxiliary_heads(segmentor: nn.Module
+                     ) -> dict[str, tuple[nn.Module, str]]:
+    """Auxiliary heads by mmseg's names, with their config keys."""
+    key = 'model.segmentor.auxiliary_head'
+    if not getattr(segmentor, 'with_auxiliary_head', False):
+        return {}
+    head = segmentor.auxiliary_head
+    if isinstance(head, nn.ModuleList):
+        return {f'aux_{i}': (one, f'{key}[{i}]')
+                for i, one in enumerate(head)}
+    return {'aux': (head, key)}
+
+
+def contrast_heads(segmentor: nn.Module) -> dict[str, ContrastHead]:
+    """The ContrastHeads among a segmentor's auxiliary heads.
+
+    Args:
+        segmentor (nn.Module): Any segmentor.
+
+    Returns:
+        dict[str, ContrastHead]: By mmseg's names, 'aux' or 'aux_0', 'aux_1'.
+    """
+    return {name: head
+            for name, (head, _) in _auxiliary_heads(segmentor).items()
+            if isinstance(head, ContrastHead)}
 
 
 def check_segmentor(segmentor: nn.Module) -> None:
@@ -68,16 +97,11 @@ class StudentAdapter:
         else:
             self.decode = {
                 'decode': adapt_head(segmentor.decode_head, key, train_cfg)}
-        key = 'model.segmentor.auxiliary_head'
-        self.auxiliary = {}
-        if segmentor.with_auxiliary_head:
-            head = segmentor.auxiliary_head
-            if isinstance(head, nn.ModuleList):
-                self.auxiliary = {
-                    f'aux_{i}': adapt_head(one, f'{key}[{i}]', train_cfg)
-                    for i, one in enumerate(head)}
-            else:
-                self.auxiliary = {'aux': adapt_head(head, key, train_cfg)}
+        self.contrast = contrast_heads(segmentor)
+        self.auxiliary = {
+            name: adapt_head(head, where, train_cfg)
+            for name, (head, where) in _auxiliary_heads(segmentor).items()
+            if name not in self.contrast}
         self._norms: list[nn.Module] | None = None
 
     @property
@@ -132,23 +156,33 @@ class StudentOutput:
         view (View): What it sees.
         rng_keys (tuple): Position of this pass, for dropout and the like.
         update_norm (bool): Whether batch-norm statistics are recorded.
+        recording (bool): Whether gradients are, as far as torch does.
     """
 
     def __init__(self, adapter: StudentAdapter, view: View,
-                 rng_keys: tuple[int | str, ...], update_norm: bool) -> None:
+                 rng_keys: tuple[int | str, ...], update_norm: bool,
+                 recording: bool = True) -> None:
         self._adapter = adapter
         self._view = view
         self._rng_keys = rng_keys
         self._update_norm = update_norm
+        self._recording = recording
         self._outputs: dict[str, tuple[Any, Any]] = {}
+        self._seen = Seen()
+        self._embeddings: dict[str, Tensor] = {}
         with self._context('features'):
             self.backbone_features, self.features = adapter.features(view)
 
     @contextmanager
-    def _context(self, name: str) -> Iterator[None]:
+    def _context(self, name: str, update_norm: bool | None = None
+                 ) -> Iterator[None]:
         device = self._view.images.device
+        if update_norm is None:
+            update_norm = self._update_norm
         with (forked_rng(device, *self._rng_keys, name),
-              self._adapter.batch_norm(self._update_norm)):
+              self._adapter.batch_norm(update_norm),
+              torch.set_grad_enabled(
+                  self._recording and torch.is_grad_enabled())):
             yield
 
     def _head(self, name: str) -> tuple[Any, Any]:
@@ -161,9 +195,11 @@ class StudentOutput:
                 previous = self._adapter.decode[before].logits(
                     self._head(before)[0])
             head = (self._adapter.decode | self._adapter.auxiliary)[name]
-            with self._context(name):
+            with self._context(name), classifier_input(head.head) as seen:
                 outputs = head.outputs(self.features, previous)
             self._outputs[name] = outputs, previous
+            if decode and name == decode[-1]:
+                self._seen = seen
         return self._outputs[name]
 
     @property
@@ -175,8 +211,46 @@ class StudentOutput:
         name, head = list(self._adapter.decode.items())[-1]
         return head.logits(self._head(name)[0])
 
+    @property
+    def decoder_features(self) -> Tensor | None:
+        """What the last decode head classifies, ``(N, D, h, w)``.
+
+        Before dropout; None for heads that don't end with mmseg's cls_seg.
+        """
+        self._head(list(self._adapter.decode)[-1])
+        return self._seen.features
+
+    def embed(self, name: str) -> Tensor:
+        """Embeddings by a ContrastHead, ``(N, D, h, w)``, computed once.
+
+        Args:
+            name (str): 'aux', or 'aux_0' and so on.
+
+        Raises:
+            ValueError: If the head asks for what the decode head has not.
+        """
+        if name not in self._embeddings:
+            head = self._adapter.contrast[name]
+            features = self.features
+            if head.features != 'backbone':
+                one = (self.decoder_features if head.features == 'decoder'
+                       else self.logits)
+                if one is None:
+                    raise ValueError(
+                        'model.segmentor.auxiliary_head.features = '
+                        f"{head.features!r}: the decode head doesn't end "
+                        "with mmseg's cls_seg, so this cannot be seen; use "
+                        "features = 'backbone'.")
+                features = [one]
+            # The projection's norms are used by nobody else.
+            with self._context(name, update_norm=True):
+                self._embeddings[name] = head.project(features)
+        return self._embeddings[name]
+
     def losses(self, target: Target) -> dict[str, Tensor]:
         """Losses of all decode and auxiliary heads, by mmseg's names.
+
+        A ContrastHead has none here: an objective claims it.
 
         Args:
             target (Target): Labels and weights.
@@ -192,12 +266,15 @@ class StudentOutput:
 
 
 @torch.no_grad()
-def class_probabilities(segmentor: nn.Module, images: Tensor) -> Tensor:
+def class_probabilities(segmentor: nn.Module, images: Tensor,
+                        features: Any = None) -> Tensor:
     """Class probabilities of a segmentor, at the images' resolution.
 
     Args:
         segmentor (EncoderDecoder): In the mode it is to be used in.
         images (Tensor): ``(N, 3, H, W)``.
+        features (Any, optional): What ``extract_feat`` gave for them; used
+            where the segmentor decodes in mmseg's plain way.
 
     Returns:
         Tensor: float32 or wider, ``(N, C, H, W)``; two classes for a head
@@ -208,7 +285,12 @@ def class_probabilities(segmentor: nn.Module, images: Tensor) -> Tensor:
     # ones name the size before padding.
     metas = [dict(ori_shape=size, img_shape=size, pad_shape=size,
                   padding_size=(0, 0, 0, 0)) for _ in range(len(images))]
-    scores = segmentor.encode_decode(images, metas)
+    if features is not None and (
+            type(segmentor).encode_decode is EncoderDecoder.encode_decode):
+        scores = segmentor.decode_head.predict(
+            features, metas, segmentor.test_cfg)
+    else:
+        scores = segmentor.encode_decode(images, metas)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if tuple(scores.shape[-2:]) != size:
         scores = F.interpolate(scores, size, mode='bilinear',

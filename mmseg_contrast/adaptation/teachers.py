@@ -11,9 +11,9 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..models import Clock
 from ..ops import annealed_alpha, ema_update
-from .clock import Clock
-from .students import class_probabilities
+from .students import StudentAdapter, StudentOutput, class_probabilities
 from .view import View
 
 
@@ -54,6 +54,8 @@ class EMATeacher(nn.Module):
         self.batch_norm = batch_norm
         self.steps = Clock()
         self.model = copy.deepcopy(student).requires_grad_(False)
+        _leave_out(self.model)
+        self._adapter: StudentAdapter | None = None
         self._mode: bool | None = None
         self._tensors: _Tensors | None = None
         self.train(False)
@@ -113,16 +115,39 @@ class EMATeacher(nn.Module):
         return alpha
 
     @torch.no_grad()
-    def predict(self, view: View) -> Tensor:
+    def predict(self, view: View, seen: StudentOutput | None = None
+                ) -> Tensor:
         """Class probabilities for a view.
 
         Args:
             view (View): Images ``(N, 3, H, W)``.
+            seen (StudentOutput, optional): This teacher's pass over the
+                view, if there was one: the backbone runs no second time.
 
         Returns:
             Tensor: float32, ``(N, C, H, W)``.
         """
-        return class_probabilities(self.model, view.images)
+        return class_probabilities(
+            self.model, view.images, None if seen is None else seen.features)
+
+    @torch.no_grad()
+    def see(self, view: View, rng_keys: tuple[int | str, ...]
+            ) -> StudentOutput:
+        """A pass over a view: features, decoder features, embeddings.
+
+        Batch-norm statistics of the projections alone are recorded.
+
+        Args:
+            view (View): Images ``(N, 3, H, W)``.
+            rng_keys (tuple): Position of this pass.
+
+        Returns:
+            StudentOutput: Without gradients.
+        """
+        if self._adapter is None:
+            self._adapter = StudentAdapter(self.model)
+        return StudentOutput(self._adapter, view, rng_keys, update_norm=False,
+                             recording=False)
 
 
 class _Tensors:
@@ -135,17 +160,21 @@ class _Tensors:
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         self.first = next(student.parameters(), None)
-        self.parameters = (list(teacher.parameters()),
-                           list(student.parameters()))
+        # By name: the student has parts that no teacher needs.
+        theirs = dict(student.named_parameters())
+        mine = dict(teacher.named_parameters())
+        self.parameters = (list(mine.values()),
+                           [theirs[name] for name in mine])
         self.statistics: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.others: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for mine, own in zip(teacher.modules(), student.modules(),
-                             strict=True):
-            for name, buffer in mine.named_buffers(recurse=False):
-                averaged = (isinstance(mine, _BatchNorm)
+        parts = dict(student.named_modules())
+        for place, part in teacher.named_modules():
+            own = parts[place]
+            for name, buffer in part.named_buffers(recurse=False):
+                averaged = (isinstance(part, _BatchNorm)
                             and buffer.is_floating_point())
                 pair = self.statistics if averaged else self.others
-                if isinstance(mine, _BatchNorm) and not averaged:
+                if isinstance(part, _BatchNorm) and not averaged:
                     continue  # the teacher counts its own batches
                 pair[0].append(buffer)
                 pair[1].append(getattr(own, name))
@@ -153,3 +182,10 @@ class _Tensors:
     def belong_to(self, student: nn.Module) -> bool:
         """Whether these are still the student's tensors."""
         return next(student.parameters(), None) is self.first
+
+
+def _leave_out(model: nn.Module) -> None:
+    """Take out what a teacher needs no copy of, such as banks."""
+    for part in list(model.modules()):
+        for name in getattr(part, 'ema_exclude', ()):
+            setattr(part, name, nn.Identity())

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from ..ops import (
     check_choice,
+    class_moments,
     contrast_loss,
     known_labels,
     own_class,
+    same_label,
     temperature_scale,
 )
+from .negatives import HardNegativeMixing
 
 
 class Bank(nn.Module):
@@ -24,6 +27,11 @@ class Bank(nn.Module):
     call :meth:`update`, also without a labelled vector. A class that is not
     in an update is not touched. Nothing waits for the device.
 
+    ``age``, int64 ``(C,)``, is the number of updates since a class was last
+    in one: 0 right after, -1 for a class that has not been seen. It is the
+    same on all ranks, too. From a checkpoint without it, all classes that
+    the bank knows start at 0.
+
     Args:
         num_classes (int): Number of classes C, >= 1.
         channels (int): Length of a vector D, >= 1.
@@ -32,6 +40,11 @@ class Bank(nn.Module):
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    #: Whether updates change it; without, ``age`` stays -1 and isn't saved.
+    remembers = True
+
+    age: Tensor
 
     def __init__(self,
                  num_classes: int,
@@ -42,6 +55,9 @@ class Bank(nn.Module):
         self.num_classes = num_classes
         self.channels = channels
         self.ignore_index = ignore_index
+        self.register_buffer(
+            'age', torch.full((num_classes, ), -1, dtype=torch.int64),
+            persistent=self.remembers)
 
     def update(self,
                embeddings: Tensor,
@@ -61,6 +77,28 @@ class Bank(nn.Module):
             num_images (int): Images of the batch, the same on all ranks.
         """
         raise NotImplementedError
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """What anchors are compared with, one vector after the other.
+
+        Returns:
+            tuple: Vectors ``(M, D)``, detached, and the class of each, int64
+            ``(M,)``, -1 for what does not exist.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def centres(self) -> tuple[Tensor, Tensor]:
+        """The mean vector of each class, as it is stored.
+
+        Returns:
+            tuple: ``(C, D)``, float32 or wider and without gradients, 0 for
+            a class that does not exist, and bool ``(C,)``: which exist.
+        """
+        keys, labels = self.entries()
+        count, mean, _ = class_moments(
+            keys, labels, self.num_classes, ignore_index=-1)
+        return mean, count > 0
 
     def energies(self, anchors: Tensor, tau: float) -> Tensor:
         """Energy of each anchor with each class.
@@ -97,8 +135,16 @@ class Bank(nn.Module):
              own: str,
              base_tau: float | None = None,
              reduce_positives: str = 'mean',
-             anchor_weights: Tensor | None = None) -> Tensor:
+             anchor_weights: Tensor | None = None,
+             images: Tensor | None = None,
+             blocks: Tensor | None = None,
+             mixing: HardNegativeMixing | None = None,
+             draws: Tensor | None = None,
+             teacher: Tensor | None = None) -> Tensor:
         """Contrast of anchors with what the bank knows.
+
+        All banks take the same arguments; images, blocks and teacher are
+        for :class:`.batch.BatchBank` alone.
 
         Args:
             anchors (Tensor): ``(N, D)``, with gradients.
@@ -109,6 +155,14 @@ class Bank(nn.Module):
             base_tau (float, optional): The loss is times ``tau / base_tau``.
             reduce_positives (str): 'mean' or 'lse', see there.
             anchor_weights (Tensor, optional): ``(N,)``, see there.
+            images (Tensor, optional): Number of each anchor's image in the
+                batch, int64 ``(N,)``.
+            blocks (Tensor, optional): Number of each anchor's tile, int64
+                ``(N,)``; tiles of different images have different ones.
+            mixing (HardNegativeMixing, optional): Adds synthetic negatives.
+            draws (Tensor, optional): What ``mixing.draw`` gives.
+            teacher (Tensor, optional): A teacher's embeddings of the
+                anchors, ``(N, D')``.
 
         Returns:
             Tensor: 0-d; 0 with zero gradients where nothing counts.
@@ -120,7 +174,39 @@ class Bank(nn.Module):
         return scale * contrast_loss(
             self.energies(anchors, tau),
             self.positives(anchors, labels, tau), labels, own,
-            self.ignore_index, reduce_positives, anchor_weights)
+            self.ignore_index, reduce_positives, anchor_weights,
+            extra=self.mixed(anchors, labels, tau, mixing, draws))
+
+    def mixed(self, anchors: Tensor, labels: Tensor, tau: float,
+              mixing: HardNegativeMixing | None, draws: Tensor | None
+              ) -> Tensor | None:
+        """Energies of synthetic negatives, for ``contrast_loss(extra=)``.
+
+        Args:
+            anchors (Tensor): ``(N, D)``.
+            labels (Tensor): int64, ``(N,)``.
+            tau (float): Temperature, > 0.
+            mixing (HardNegativeMixing, optional): Makes them. None: none.
+            draws (Tensor, optional): For it.
+
+        Returns:
+            Tensor, optional: ``(N,)``.
+        """
+        if mixing is None:
+            return None
+        keys, key_labels = self.entries()
+        rule = same_label(self.known_or_none(labels), key_labels, -1)
+        return mixing(anchors, keys, rule, tau, draws)
+
+    def grow_older(self, present: Tensor) -> None:
+        """Count an update.
+
+        Args:
+            present (Tensor): Classes that were in it on any rank, bool,
+                ``(C,)``.
+        """
+        older = self.age + (self.age >= 0)
+        self.age.copy_(older.masked_fill(present, 0))
 
     def known(self, labels: Tensor) -> Tensor:
         """Which labels are those of a class, bool, of the same shape.
@@ -129,6 +215,14 @@ class Bank(nn.Module):
             labels (Tensor): int64.
         """
         return known_labels(labels, self.num_classes, self.ignore_index)
+
+    def known_or_none(self, labels: Tensor) -> Tensor:
+        """Labels with -1 for those that are not of a class.
+
+        Args:
+            labels (Tensor): int64.
+        """
+        return labels.where(self.known(labels), labels.new_full((), -1))
 
     def check_positive(self, **sizes: int) -> None:
         """Refuse sizes below 1.
@@ -171,7 +265,15 @@ class Bank(nn.Module):
                     f'{tuple(other.shape)}: set the same numbers of classes, '
                     'channels and entries in the config, or load a '
                     'checkpoint without this bank')
+        name = f'{prefix}age'
+        without_age = self.remembers and name not in state_dict and any(
+            prefix + other in state_dict for other, _ in mine)
+        if without_age:  # saved before banks had one
+            state_dict[name] = self.age
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if without_age:
+            del state_dict[name]
+            self.age.copy_(self.centres()[1].long() - 1)
 
 
 def new_share(clock: str, new_weight: float | None, count: Tensor,

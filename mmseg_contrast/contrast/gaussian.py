@@ -98,6 +98,16 @@ class GaussianBank(Bank):
         self.variance += share * spread + share * (1 - share) * change**2
         self.mean += share * change
         self.count += moments[0]
+        self.grow_older(moments[0] > 0)
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Means ``(C, D)`` and their classes, -1 for one not yet seen."""
+        classes = torch.arange(self.num_classes, device=self.count.device)
+        return self.statistics()[0], torch.where(self.count > 0, classes, -1)
+
+    def centres(self) -> tuple[Tensor, Tensor]:
+        """The means, see :meth:`.bank.Bank.centres`."""
+        return self.mean.clone(), self.count > 0
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance that anchors are compared with, ``(C, D)``."""

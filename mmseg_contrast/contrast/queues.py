@@ -18,6 +18,7 @@ from ..ops import (
     top_scored,
 )
 from .bank import Bank
+from .negatives import HardNegativeMixing
 
 
 class ClassQueue(Bank):
@@ -73,6 +74,21 @@ class ClassQueue(Bank):
         places = torch.arange(self.length, device=self.filled.device)
         return places < self.filled.unsqueeze(1)
 
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Keys ``(C L, D)`` and their classes, -1 for an empty place."""
+        classes = torch.arange(self.num_classes, device=self.filled.device)
+        labels = torch.where(self.occupied(), classes.unsqueeze(1), -1)
+        return self.keys.flatten(0, 1), labels.flatten()
+
+    def centres(self) -> tuple[Tensor, Tensor]:
+        """Mean of the keys of each class, see :meth:`.bank.Bank.centres`."""
+        wide = torch.promote_types(self.keys.dtype, torch.float32)
+        there = self.occupied().unsqueeze(2)
+        total = self.keys.where(there, self.keys.new_zeros(())).sum(
+            1, dtype=wide)
+        return (total / self.filled.clamp_min(1).unsqueeze(1),
+                self.filled > 0)
+
     def energies(self, anchors: Tensor, tau: float) -> Tensor:
         """Energy of each anchor with each class.
 
@@ -111,7 +127,12 @@ class ClassQueue(Bank):
              own: str,
              base_tau: float | None = None,
              reduce_positives: str = 'mean',
-             anchor_weights: Tensor | None = None) -> Tensor:
+             anchor_weights: Tensor | None = None,
+             images: Tensor | None = None,
+             blocks: Tensor | None = None,
+             mixing: HardNegativeMixing | None = None,
+             draws: Tensor | None = None,
+             teacher: Tensor | None = None) -> Tensor:
         """Contrast of anchors with the keys, see :meth:`.bank.Bank.loss`.
 
         Args:
@@ -122,6 +143,11 @@ class ClassQueue(Bank):
             base_tau (float, optional): The loss is times ``tau / base_tau``.
             reduce_positives (str): 'mean' or 'lse'.
             anchor_weights (Tensor, optional): ``(N,)``.
+            images (Tensor, optional): Not used.
+            blocks (Tensor, optional): Not used.
+            mixing (HardNegativeMixing, optional): See there.
+            draws (Tensor, optional): See there.
+            teacher (Tensor, optional): Not used.
 
         Returns:
             Tensor: 0-d.
@@ -129,11 +155,15 @@ class ClassQueue(Bank):
         return class_contrast_loss(
             anchors, labels, self.keys, self.occupied(), tau, base_tau, own,
             reduce_positives, self.energy, anchor_weights,
-            ignore_index=self.ignore_index, chunk_size=self.chunk_size)
+            ignore_index=self.ignore_index, chunk_size=self.chunk_size,
+            extra=self.mixed(anchors, labels, tau, mixing, draws))
 
     def _append(self, new: Tensor, exists: Tensor) -> None:
-        new, exists = gather_new(new.to(self.keys.dtype), exists)
+        self._push(*gather_new(new.to(self.keys.dtype), exists))
+
+    def _push(self, new: Tensor, exists: Tensor) -> None:
         push(self.keys, self.pointer, self.filled, new, exists)
+        self.grow_older(exists.any(1))
 
 
 @MODELS.register_module()
@@ -275,6 +305,6 @@ class SegmentQueue(ClassQueue):
         if self.normalize:
             new = F.normalize(new, dim=2)
         if self.segment == 'batch':  # gathered already
-            push(self.keys, self.pointer, self.filled, new, exists)
+            self._push(new, exists)
         else:
             self._append(new, exists)

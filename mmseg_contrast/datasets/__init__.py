@@ -14,6 +14,7 @@ from .synthetic import (
     SyntheticStreets,
 )
 from .transforms import (
+    LoadPseudoLabels,
     MapLabelIds,
     MarkValidRegion,
     PackStreamInputs,
@@ -21,9 +22,10 @@ from .transforms import (
 )
 
 __all__ = [
-    'ACDCDataset', 'GTADataset', 'LabelMap', 'LoadSyntheticImage',
-    'LoadSyntheticLabels', 'MapLabelIds', 'MappedDataset', 'MarkValidRegion',
-    'PackStreamInputs', 'PadValidRegion', 'PositionSampler', 'RareClassDraw',
-    'Stream', 'StreamDataset', 'SynthiaDataset', 'SyntheticStreets',
-    'class_statistics', 'rare_class_probabilities'
+    'ACDCDataset', 'GTADataset', 'LabelMap', 'LoadPseudoLabels',
+    'LoadSyntheticImage', 'LoadSyntheticLabels', 'MapLabelIds',
+    'MappedDataset', 'MarkValidRegion', 'PackStreamInputs', 'PadValidRegion',
+    'PositionSampler', 'RareClassDraw', 'Stream', 'StreamDataset',
+    'SynthiaDataset', 'SyntheticStreets', 'class_statistics',
+    'rare_class_probabilities'
 ]

@@ -16,6 +16,7 @@ from mmengine.dataset import (
 from mmseg.datasets.transforms import RandomCrop, Resize
 
 from .synthetic import LoadSyntheticImage
+from .transforms.load_pseudo_labels import LoadPseudoLabels
 from .transforms.map_labels import MapLabelIds
 from .transforms.valid_region import MarkValidRegion
 
@@ -173,15 +174,16 @@ def split_loading(transforms: list) -> tuple[list, list]:
         transforms (list): The transforms of a pipeline.
 
     Returns:
-        tuple[list, list]: What loads image and label (mapping of ids, valid
-            region and a fixed resize included), and everything else.
+        tuple[list, list]: What loads image and label (mapping of ids,
+            pseudo-labels, valid region and a fixed resize included), and
+            everything else.
     """
     steps = 0
     for transform in transforms:
         fixed = isinstance(
             transform,
             (LoadImageFromFile, LoadAnnotations, MapLabelIds,
-             LoadSyntheticImage, MarkValidRegion)) or type(
+             LoadSyntheticImage, LoadPseudoLabels, MarkValidRegion)) or type(
                  transform) is Resize
         if not fixed:
             break

@@ -21,6 +21,7 @@ from .pipelines import (
     is_plain,
     pipeline_lists,
 )
+from .pseudo_labels import read_pseudo_labels
 from .rare_class import RareClassDraw
 from .reader import Reader
 from .seeding import permutation, seed_everything
@@ -51,6 +52,10 @@ class Stream:
         rare_class (dict, optional): See :class:`RareClassDraw`.
         cache (bool): Keep what the loading transforms give (decoded image,
             mapped labels, fixed resize) in the memory of each process.
+        pseudo_labels (str, optional): Folder of labels that
+            ``tools/generate_pseudo_labels.py`` made for these images; they
+            are read as a field of their own, also if the stream is not
+            labelled.
 
     Raises:
         ValueError: For every mistake that can be seen here.
@@ -65,7 +70,8 @@ class Stream:
                  dataset_weights: Sequence[float] | None = None,
                  label_map: Mapping[str, Any] | LabelMap | None = None,
                  rare_class: Mapping[str, Any] | None = None,
-                 cache: bool = False) -> None:
+                 cache: bool = False,
+                 pseudo_labels: str | None = None) -> None:
         self.name = name
         self.labelled = labelled
         self.ratio = ratio
@@ -75,6 +81,8 @@ class Stream:
         self._check_pipelines(built)
         self._set_classes(built, label_map)
         self._adapt_pipelines(built)
+        if pseudo_labels is not None:
+            read_pseudo_labels(built, pseudo_labels, name, self.classes)
         self._make_readers(built, cache)
         self._set_shares(built, dataset_weights)
         self._try_first_items()

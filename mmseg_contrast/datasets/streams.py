@@ -12,7 +12,8 @@ from .seeding import guarded_random_state
 from .stream import Stream, first_difference
 
 _STREAM_KEYS = ('dataset', 'datasets', 'labelled', 'ratio',
-                'dataset_weights', 'label_map', 'rare_class', 'cache')
+                'dataset_weights', 'label_map', 'rare_class', 'cache',
+                'pseudo_labels')
 
 
 @DATASETS.register_module()
@@ -28,7 +29,8 @@ class StreamDataset:
     Args:
         streams (dict[str, dict]): By name, the options of :class:`Stream`:
             ``dataset`` or ``datasets``, ``labelled``, ``ratio``,
-            ``dataset_weights``, ``label_map``, ``rare_class``, ``cache``.
+            ``dataset_weights``, ``label_map``, ``rare_class``, ``cache``,
+            ``pseudo_labels``.
             The first stream gives the length.
         seed (int): Seed of the draws; :class:`PositionSampler` sets that of
             the run.

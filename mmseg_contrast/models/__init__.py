@@ -1,14 +1,19 @@
 """What mmseg's model registry builds, besides the adaptation itself."""
 
+from .clock import Clock
+from .contrast_head import ContrastHead, Pixels
+from .contrast_segmentor import ContrastEncoderDecoder
 from .daformer_head import DAFormerHead
 from .data_preprocessor import DomainDataPreprocessor
 from .dlv2_head import DLV2Head
 from .fusion import ASPPFusion, ConvFusion, ISAFusion
 from .mit import ReferenceMixVisionTransformer
+from .projection import Projection
 from .tta import UDATTAModel
 
 __all__ = [
-    'ASPPFusion', 'ConvFusion', 'DAFormerHead', 'DLV2Head',
-    'DomainDataPreprocessor', 'ISAFusion', 'ReferenceMixVisionTransformer',
+    'ASPPFusion', 'Clock', 'ContrastEncoderDecoder', 'ContrastHead',
+    'ConvFusion', 'DAFormerHead', 'DLV2Head', 'DomainDataPreprocessor',
+    'ISAFusion', 'Pixels', 'Projection', 'ReferenceMixVisionTransformer',
     'UDATTAModel'
 ]

@@ -1,5 +1,11 @@
 """Pure tensor functions. Import torch and mmengine.dist, nothing else."""
 
+from .balanced_crop import (
+    balance_scores,
+    choose_offsets,
+    crop_windows,
+    draw_offsets,
+)
 from .block_mask import block_grid, block_mask, hide_blocks
 from .class_mix import choose_classes, class_mask, mix, present_classes
 from .class_moments import (
@@ -26,24 +32,84 @@ from .crop_box import crop_to_box, draw_crop_box, scale_box, slide_boxes
 from .ema import annealed_alpha, ema_update
 from .feature_distance import masked_feature_distance
 from .fusion import fuse_detail, merge_windows
-from .label_downscale import downscale_labels
-from .labels import known_labels
-from .pair_relation import same_label, same_label_across_images
-from .pseudo_label import confident_fraction, hard_labels, without_classes
+from .hard_negatives import hardest_negatives, mixed_energies
+from .label_downscale import downscale_labels, labels_at
+from .labels import ignored_last, known_labels
+from .noisy_labels import symmetric_cross_entropy, uniform_divergence
+from .pair_relation import (
+    except_self,
+    place_weights,
+    same_label,
+    same_label_across_images,
+    same_pair,
+    teacher_topk,
+    within,
+)
+from .pair_weights import complement_weights, joint_weights
+from .prototype import (
+    image_class_means,
+    moved_prototypes,
+    prototype_consistency,
+    prototype_distances,
+    prototype_scores,
+)
+from .pseudo_label import (
+    class_thresholds,
+    confidence_histogram,
+    confident_fraction,
+    hard_labels,
+    logit_probabilities,
+    normalized,
+    over_thresholds,
+    rectified,
+    without_classes,
+)
 from .queue import gather_new, push, top_scored
 from .random import forked_rng, generator_at, position_seed
+from .sampled_negatives import (
+    queue_negatives,
+    reco_loss,
+    sampled_contrast_loss,
+    similar_class_negatives,
+    u2pl_loss,
+)
+from .sampling import (
+    draw_per_group,
+    entropy_threshold,
+    hard_and_easy,
+    own_probability,
+    pixel_entropy,
+    push_members,
+    rank_in_groups,
+    top_scored_members,
+    unreliable_class_members,
+)
+from .transport import class_sinkhorn
 
 __all__ = [
-    'annealed_alpha', 'bank_energies', 'bank_positives', 'block_grid',
-    'block_mask', 'check_choice', 'choose_classes', 'class_contrast_loss', 'class_mask',
-    'class_moments', 'class_variance', 'color_jitter', 'confident_fraction',
-    'contrast_loss', 'contrast_regularizer', 'crop_to_box', 'downscale_labels',
-    'draw_crop_box', 'ema_update', 'forked_rng', 'fuse_detail',
-    'gather_moments', 'gather_new', 'gaussian_blur', 'gaussian_energies',
-    'generator_at', 'hard_labels', 'hide_blocks', 'known_labels', 'masked_feature_distance',
-    'merge_moments', 'merge_windows', 'mix', 'own_class', 'pair_contrast_loss',
-    'pool_moments', 'position_seed', 'present_classes', 'prototype_energies',
-    'push', 'reference_blur_radius', 'same_label', 'same_label_across_images',
-    'scale_box', 'slide_boxes', 'temperature_scale', 'top_scored',
+    'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
+    'block_grid', 'block_mask', 'check_choice', 'choose_classes',
+    'choose_offsets', 'class_contrast_loss', 'class_mask', 'class_moments',
+    'class_sinkhorn', 'class_thresholds', 'class_variance', 'color_jitter',
+    'complement_weights', 'confidence_histogram', 'confident_fraction',
+    'contrast_loss', 'contrast_regularizer', 'crop_to_box', 'crop_windows',
+    'downscale_labels', 'draw_crop_box', 'draw_offsets', 'draw_per_group',
+    'ema_update', 'entropy_threshold', 'except_self', 'forked_rng',
+    'fuse_detail', 'gather_moments', 'gather_new', 'gaussian_blur',
+    'gaussian_energies', 'generator_at', 'hard_and_easy', 'hard_labels',
+    'hardest_negatives', 'hide_blocks', 'image_class_means', 'joint_weights',
+    'ignored_last', 'known_labels', 'labels_at', 'logit_probabilities',
+    'masked_feature_distance', 'merge_moments', 'merge_windows', 'mix',
+    'mixed_energies', 'moved_prototypes', 'normalized', 'over_thresholds',
+    'own_class', 'own_probability', 'pair_contrast_loss', 'pixel_entropy',
+    'place_weights', 'pool_moments', 'position_seed', 'present_classes',
+    'prototype_consistency', 'prototype_distances', 'prototype_energies',
+    'prototype_scores', 'push', 'push_members', 'queue_negatives',
+    'rank_in_groups', 'reco_loss', 'rectified', 'reference_blur_radius',
+    'same_label', 'same_label_across_images', 'same_pair',
+    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
+    'slide_boxes', 'symmetric_cross_entropy', 'teacher_topk',
+    'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
+    'uniform_divergence', 'unreliable_class_members', 'within',
     'without_classes'
 ]

@@ -163,7 +163,8 @@ def contrast_terms(energies: Tensor,
                    reduce_positives: str = 'mean',
                    anchor_weights: Tensor | None = None,
                    positive_weights: Tensor | None = None,
-                   ignore_index: int = IGNORE) -> tuple[Tensor, Tensor]:
+                   ignore_index: int = IGNORE,
+                   extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What each anchor contributes to :func:`contrast_loss`.
 
     Args:
@@ -175,6 +176,7 @@ def contrast_terms(energies: Tensor,
         anchor_weights (Tensor, optional): See there.
         positive_weights (Tensor, optional): See there.
         ignore_index (int): See there.
+        extra (Tensor, optional): See there.
 
     Returns:
         tuple: Terms, ``(N,)``, 0 for what does not count, and bool ``(N,)``:
@@ -192,7 +194,10 @@ def contrast_terms(energies: Tensor,
     # Far below every energy, but not minus infinity: a row of nothing else,
     # where an anchor's class is the only one, would have NaN gradients.
     floor = torch.finfo(dtype).min / 2
-    others = energies.scatter(1, ids, floor).logsumexp(1, keepdim=True)
+    others = energies.scatter(1, ids, floor)
+    if extra is not None:
+        others = torch.cat([others, extra.to(dtype).unsqueeze(1)], 1)
+    others = others.logsumexp(1, keepdim=True)
     # log(exp(own) + exp(others)) - positive, exact in both tails.
     terms = own_term - positives - F.logsigmoid(own_term - others)
     # Masked before it is weighted, or weights would get NaN gradients.
@@ -213,7 +218,8 @@ def contrast_loss(energies: Tensor,
                   ignore_index: int = IGNORE,
                   reduce_positives: str = 'mean',
                   anchor_weights: Tensor | None = None,
-                  positive_weights: Tensor | None = None) -> Tensor:
+                  positive_weights: Tensor | None = None,
+                  extra: Tensor | None = None) -> Tensor:
     """The loss at the top of this file.
 
     Anchors without a class, or whose class has no positive, do not count;
@@ -234,6 +240,10 @@ def contrast_loss(energies: Tensor,
         positive_weights (Tensor, optional): b, ``(N, P)``; a term is times
             a b, but the means divide by numbers of anchors and positives,
             not by sums of weights. With the gradients of both.
+        extra (Tensor, optional): ``(N,)``: one more energy of each anchor
+            in the denominator, such as that of synthetic negatives
+            (:mod:`.hard_negatives`); minus infinity for none. With its
+            gradient.
 
     Returns:
         Tensor: 0-d, float32 or wider.
@@ -245,7 +255,7 @@ def contrast_loss(energies: Tensor,
     check_form(own, reduce_positives, positive_weights is not None)
     each, counted = contrast_terms(
         energies, positives, labels, own, reduce_positives, anchor_weights,
-        positive_weights, ignore_index)
+        positive_weights, ignore_index, extra)
     return each.sum() / counted.sum().clamp_min(1)
 
 

@@ -40,11 +40,11 @@ from .pair_relation import PairRule
 CLASS_FORM_ELEMENTS = 2**23
 PAIR_FORM_ELEMENTS = 2**21
 
-#: ``form(similarities, rows, anchor_weights, key_weights, with_gradient)``
-#: gives the sum of the terms, the number of anchors and the gradients of the
-#: sum with respect to similarities and both weights.
-Form = Callable[[Tensor, slice, Tensor | None, Tensor | None, bool],
-                tuple[Tensor, Tensor, list[Tensor | None]]]
+#: ``form(similarities, rows, anchor_weights, key_weights, extra,
+#: with_gradient)`` gives the sum of the terms, the number of anchors and the
+#: gradients of the sum with respect to similarities, both weights and extra.
+Form = Callable[[Tensor, slice, Tensor | None, Tensor | None, Tensor | None,
+                 bool], tuple[Tensor, Tensor, list[Tensor | None]]]
 
 
 def class_contrast_loss(anchors: Tensor,
@@ -59,7 +59,8 @@ def class_contrast_loss(anchors: Tensor,
                         anchor_weights: Tensor | None = None,
                         key_weights: Tensor | None = None,
                         ignore_index: int = IGNORE,
-                        chunk_size: int | None = None) -> Tensor:
+                        chunk_size: int | None = None,
+                        extra: Tensor | None = None) -> Tensor:
     """Contrast of anchors with keys of known classes.
 
     Equal to :func:`.contrast.contrast_loss` of :func:`.contrast.bank_energies`
@@ -82,6 +83,8 @@ def class_contrast_loss(anchors: Tensor,
         ignore_index (int): Label that is ignored.
         chunk_size (int, optional): Anchors at a time. None: as many as give
             about 8 million similarities.
+        extra (Tensor, optional): ``(N,)``, one more energy of each anchor,
+            see :func:`.contrast.contrast_loss`.
 
     Returns:
         Tensor: 0-d, float32 or wider.
@@ -94,7 +97,8 @@ def class_contrast_loss(anchors: Tensor,
     classes, length = filled.shape
 
     def form(similarities: Tensor, rows: slice, weights: Tensor | None,
-             key_weights: Tensor | None, with_gradient: bool
+             key_weights: Tensor | None, extra: Tensor | None,
+             with_gradient: bool
              ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         mine = labels[rows]
         # Any class will do for what contrast_terms ignores.
@@ -105,12 +109,13 @@ def class_contrast_loss(anchors: Tensor,
         positives = entries.gather(1, index).squeeze(1)
         energies = _reduce_keys_(entries, filled, energy)
         with torch.set_grad_enabled(with_gradient):
-            leaves = _leaves(energies, positives, weights, key_weights)
+            leaves = _leaves(
+                energies, positives, weights, key_weights, extra)
             pair = None if leaves[3] is None else (
                 leaves[3].view(classes, length)[ids])
             each, counted = contrast_terms(
                 leaves[0], leaves[1], mine, own, reduce_positives, leaves[2],
-                pair, ignore_index)
+                pair, ignore_index, leaves[4])
             total = each.sum()
         if not with_gradient:
             return total, counted.sum(), []
@@ -125,8 +130,8 @@ def class_contrast_loss(anchors: Tensor,
 
     return _chunked_loss(
         form, anchors, keys.flatten(0, 1), tau, base_tau, anchor_weights,
-        None if key_weights is None else key_weights.flatten(), chunk_size,
-        CLASS_FORM_ELEMENTS)
+        None if key_weights is None else key_weights.flatten(), extra,
+        chunk_size, CLASS_FORM_ELEMENTS)
 
 
 def pair_contrast_loss(anchors: Tensor,
@@ -139,7 +144,8 @@ def pair_contrast_loss(anchors: Tensor,
                        exclude_self: bool = False,
                        anchor_weights: Tensor | None = None,
                        key_weights: Tensor | None = None,
-                       chunk_size: int | None = None) -> Tensor:
+                       chunk_size: int | None = None,
+                       extra: Tensor | None = None) -> Tensor:
     """Contrast of anchors with keys by an arbitrary relation.
 
     Args:
@@ -158,8 +164,12 @@ def pair_contrast_loss(anchors: Tensor,
         anchor_weights (Tensor, optional): ``(N,)``.
         key_weights (Tensor, optional): ``(M,)``; a pair's weight is the
             product of both. They weight terms of positives, not negatives.
+            Or both are of rank R, ``(N, R)`` and ``(M, R)``, and a weight is
+            an inner product, see :mod:`.pair_weights`.
         chunk_size (int, optional): Anchors at a time. None: as many as give
             about 2 million similarities.
+        extra (Tensor, optional): ``(N,)``, one more energy of each anchor,
+            see :func:`.contrast.contrast_loss`.
 
     Returns:
         Tensor: 0-d, float32 or wider.
@@ -168,10 +178,17 @@ def pair_contrast_loss(anchors: Tensor,
         ValueError: If an argument is none of these.
     """
     check_form(own, reduce_positives, key_weights is not None)
+    columns = [() if one is None else tuple(one.shape[1:])
+               for one in (anchor_weights, key_weights)]
+    if columns[0] != columns[1]:
+        raise ValueError(
+            'anchor_weights and key_weights must be vectors, or matrices '
+            f'with as many columns, got {columns[0]} and {columns[1]}')
     device = anchors.device
 
     def form(similarities: Tensor, rows: slice, weights: Tensor | None,
-             key_weights: Tensor | None, with_gradient: bool
+             key_weights: Tensor | None, extra: Tensor | None,
+             with_gradient: bool
              ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         related = relation(rows) if callable(relation) else relation[rows]
         positive, negative = related > 0, related < 0
@@ -182,7 +199,7 @@ def pair_contrast_loss(anchors: Tensor,
                 len(keys), device=device)
             positive, negative = positive & other, negative & other
         with torch.set_grad_enabled(with_gradient):
-            leaves = _leaves(similarities, weights, key_weights)
+            leaves = _leaves(similarities, weights, key_weights, extra)
             values = leaves[0]
             assert values is not None
             # As in contrast_terms: no minus infinity, whose gradient is NaN.
@@ -190,19 +207,29 @@ def pair_contrast_loss(anchors: Tensor,
             others = values.masked_fill(~negative, floor).logsumexp(1)
             mine = others if own == 'positive' else values.masked_fill(
                 ~positive, floor).logsumexp(1)
-            pair = None if leaves[2] is None else leaves[2].unsqueeze(0)
+            of_anchor, pair = _pair_weights(leaves[1], leaves[2])
             each, counted = contrast_terms(
                 torch.stack([mine, others], 1),
                 values.masked_fill(~positive, ABSENT),
                 torch.zeros(len(values), dtype=torch.int64, device=device),
-                own, reduce_positives, leaves[1], pair)
+                own, reduce_positives, of_anchor, pair, IGNORE, leaves[3])
             total = each.sum()
         if not with_gradient:
             return total, counted.sum(), []
         return total.detach(), counted.sum(), _gradients(total, leaves)
 
     return _chunked_loss(form, anchors, keys, tau, base_tau, anchor_weights,
-                         key_weights, chunk_size, PAIR_FORM_ELEMENTS)
+                         key_weights, extra, chunk_size, PAIR_FORM_ELEMENTS)
+
+
+def _pair_weights(weights: Tensor | None, key_weights: Tensor | None
+                  ) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of anchors ``(n,)``, and those of pairs, ``(n or 1, M)``."""
+    if key_weights is None:
+        return weights, None
+    if weights is None or weights.dim() == 1:
+        return weights, key_weights.unsqueeze(0)
+    return None, weights @ key_weights.T
 
 
 def _reduce_keys_(entries: Tensor, filled: Tensor, energy: str) -> Tensor:
@@ -241,8 +268,8 @@ def _gradients(total: Tensor, leaves: list[Tensor | None]
 
 def _chunked_loss(form: Form, anchors: Tensor, keys: Tensor, tau: float,
                   base_tau: float | None, anchor_weights: Tensor | None,
-                  key_weights: Tensor | None, chunk_size: int | None,
-                  elements: int) -> Tensor:
+                  key_weights: Tensor | None, extra: Tensor | None,
+                  chunk_size: int | None, elements: int) -> Tensor:
     scale = temperature_scale(tau, base_tau)
     if chunk_size is None:
         chunk_size = max(1, elements // max(1, len(keys)))
@@ -253,13 +280,16 @@ def _chunked_loss(form: Form, anchors: Tensor, keys: Tensor, tau: float,
         anchors, keys = anchors.to(dtype), keys.to(dtype)
         if not len(anchors) or not len(keys):
             # Zero, and connected to whatever asks for gradients.
+            if extra is not None:  # which is infinite for no energy
+                extra = extra.nan_to_num()
             return sum((one.sum() * 0 for one in (
-                keys, anchor_weights, key_weights)
+                keys, anchor_weights, key_weights, extra)
                 if one is not None and one.requires_grad), anchors.sum() * 0)
         loss = _ChunkedLoss.apply(
             anchors / tau, keys,
             None if anchor_weights is None else anchor_weights.to(dtype),
             None if key_weights is None else key_weights.to(dtype),
+            None if extra is None else extra.to(dtype),
             form, chunk_size, torch.is_grad_enabled())
         return loss * scale
 
@@ -270,10 +300,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, keys: Tensor,
                 anchor_weights: Tensor | None, key_weights: Tensor | None,
-                form: Form, chunk_size: int, recording: bool) -> Tensor:
+                extra: Tensor | None, form: Form, chunk_size: int,
+                recording: bool) -> Tensor:
         """Loss; gradients of what needs them are kept for the backward."""
-        needs = [recording and need for need in ctx.needs_input_grad[:4]]
-        inputs = (anchors, keys, anchor_weights, key_weights)
+        needs = [recording and need for need in ctx.needs_input_grad[:5]]
+        inputs = (anchors, keys, anchor_weights, key_weights, extra)
         grads = [
             torch.zeros_like(one) if need and one is not None else None
             for one, need in zip(inputs, needs, strict=True)]
@@ -282,14 +313,15 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(anchors), chunk_size):
             rows = slice(start, start + chunk_size)
             mine = anchors[rows]
-            weights = None if anchor_weights is None else anchor_weights[rows]
+            weights, more = (None if one is None else one[rows]
+                             for one in (anchor_weights, extra))
             part, counted, slopes = form(
-                mine @ keys.T, rows, weights, key_weights, any(needs))
+                mine @ keys.T, rows, weights, key_weights, more, any(needs))
             total += part
             number += counted
             if not any(needs):
                 continue
-            similar, of_weights, of_keys = slopes
+            similar, of_weights, of_keys, of_extra = slopes
             if grads[0] is not None and similar is not None:
                 torch.mm(similar, keys, out=grads[0][rows])
             if grads[1] is not None and similar is not None:
@@ -298,6 +330,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads[2][rows] = of_weights
             if grads[3] is not None and of_keys is not None:
                 grads[3] += of_keys
+            if grads[4] is not None and of_extra is not None:
+                grads[4][rows] = of_extra
         number = number.clamp_min(1)
         ctx.save_for_backward(
             *(None if one is None else one.div_(number) for one in grads))

@@ -2,10 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .contrast import check_choice
 from .labels import IGNORE, ignored_last
+
+RULES = ('nearest', 'ratio', 'majority', 'stride')
+
+
+def labels_at(labels: Tensor,
+              size: Sequence[int],
+              rule: str,
+              num_classes: int,
+              min_ratio: float = 0.75,
+              ignore_index: int = IGNORE) -> Tensor:
+    """Labels at the positions of a feature map.
+
+    Rules:
+
+    - ``nearest``: row ``floor(i H / h)``, column ``floor(j W / w)``, as
+      torch's nearest resizing; for any size. Of classes at a border it
+      keeps what the grid hits.
+    - ``ratio``: the most frequent label of each cell if it covers at least
+      ``min_ratio`` of it, else ignored (DAFormer, Hoyer et al., CVPR 2022;
+      SePiCo, Xie et al., 2023), see :func:`downscale_labels`.
+    - ``majority``: the most frequent label of each cell, ignored where
+      ignored pixels are the most.
+    - ``stride``: each s-th row and column from the first on,
+      ``labels[::s]`` (Hu et al., MICCAI 2021); rows and columns may differ
+      in s. Where sizes divide it equals ``nearest``; it also knows the
+      ``ceil(H / s)`` rows of a strided convolution, as 129 of 513.
+
+    Ids outside ``[0, num_classes)`` are ignored: ``ratio`` and ``majority``
+    return them as ``ignore_index``, the others as they are. No rule
+    interpolates, which would invent classes. No host sync.
+
+    Args:
+        labels (Tensor): Class ids, int64, ``(B, H, W)``.
+        size (Sequence[int]): ``(h, w)`` of the feature map.
+        rule (str): 'nearest', 'ratio', 'majority' or 'stride'.
+        num_classes (int): Number of classes C.
+        min_ratio (float): For ``ratio``, in [0, 1].
+        ignore_index (int): Label that is ignored.
+
+    Returns:
+        Tensor: int64, ``(B, h, w)``.
+
+    Raises:
+        ValueError: If the rule is none of these, if the ratio is out of
+            range, or if the rule cannot map labels of this size.
+    """
+    check_choice('label_downscale.rule', rule, RULES)
+    if not 0 <= min_ratio <= 1:
+        raise ValueError(f'label_downscale.min_ratio = {min_ratio} must be '
+                         'in [0, 1]')
+    height, width = labels.shape[1:]
+    rows, columns = size
+    if rule == 'nearest':
+        return _nearest(_nearest(labels, rows, 1), columns, 2)
+    if rule == 'stride':
+        down, right = -(-height // rows), -(-width // columns)
+        small = labels[:, ::down, ::right]
+        if tuple(small.shape[1:]) != (rows, columns):
+            raise _no_grid(labels, size, rule, 'stride')
+        return small
+    if height % rows or width % columns:
+        raise _no_grid(labels, size, rule, 'whole number of pixels per cell')
+    return _most_frequent(
+        labels, height // rows, width // columns, num_classes,
+        min_ratio if rule == 'ratio' else 0., ignore_index)
 
 
 def downscale_labels(labels: Tensor,
@@ -35,19 +103,43 @@ def downscale_labels(labels: Tensor,
     Raises:
         ValueError: If the factor does not divide the height and the width.
     """
-    samples, height, width = labels.shape
+    height, width = labels.shape[1:]
     if height % factor or width % factor:
         raise ValueError(
             f'labels of {height} x {width} pixels have no whole number of '
             f'cells of {factor} x {factor}; use a crop whose sides are '
             f'multiples of {factor}')
+    return _most_frequent(
+        labels, factor, factor, num_classes, min_ratio, ignore_index)
+
+
+def _most_frequent(labels: Tensor, down: int, right: int, num_classes: int,
+                   min_ratio: float, ignore_index: int) -> Tensor:
+    """The most frequent label of each cell of ``down x right`` pixels."""
+    samples, height, width = labels.shape
     ids = ignored_last(labels, num_classes, ignore_index)
-    cells = ids.view(samples, height // factor, factor, width // factor,
-                     factor).transpose(2, 3).flatten(3)
+    cells = ids.view(samples, height // down, down, width // right,
+                     right).transpose(2, 3).flatten(3)
     counts = torch.zeros(
         *cells.shape[:3], num_classes + 1, dtype=torch.int32,
         device=labels.device)
     counts.scatter_add_(3, cells, counts.new_ones(()).expand_as(cells))
     most, winner = counts.max(3)
-    clear = most / factor**2 >= min_ratio
+    clear = most / (down * right) >= min_ratio
     return torch.where(clear & (winner < num_classes), winner, ignore_index)
+
+
+def _nearest(labels: Tensor, number: int, dim: int) -> Tensor:
+    places = torch.arange(number, device=labels.device)
+    # In whole numbers: torch's own floats miss floor(i H / h) at times.
+    return labels.index_select(dim, places * labels.shape[dim] // number)
+
+
+def _no_grid(labels: Tensor, size: Sequence[int], rule: str, lack: str
+             ) -> ValueError:
+    height, width = labels.shape[1:]
+    return ValueError(
+        f'label_downscale.rule = {rule!r} finds no {lack} from labels of '
+        f'{height} x {width} pixels to a feature map of {size[0]} x '
+        f"{size[1]}: set another crop_size, or rule='nearest', which works "
+        'for any size')

@@ -1,6 +1,12 @@
 """Terms of the sum that one iteration minimises, one file each."""
 
+from .contrast import Contrast
 from .feature_distance import FeatureDistance
+from .prototype_consistency import PrototypeConsistency
 from .segmentation import Segmentation
+from .symmetric_cross_entropy import SymmetricCrossEntropy
 
-__all__ = ['FeatureDistance', 'Segmentation']
+__all__ = [
+    'Contrast', 'FeatureDistance', 'PrototypeConsistency', 'Segmentation',
+    'SymmetricCrossEntropy'
+]

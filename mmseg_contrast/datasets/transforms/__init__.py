@@ -1,8 +1,10 @@
 """Transforms of the data room."""
 
+from .load_pseudo_labels import LoadPseudoLabels
 from .map_labels import MapLabelIds
 from .valid_region import MarkValidRegion, PackStreamInputs, PadValidRegion
 
 __all__ = [
-    'MapLabelIds', 'MarkValidRegion', 'PackStreamInputs', 'PadValidRegion'
+    'LoadPseudoLabels', 'MapLabelIds', 'MarkValidRegion', 'PackStreamInputs',
+    'PadValidRegion'
 ]

@@ -1,8 +1,10 @@
-"""Margins where pseudo-labels must not count, carried through the pipeline."""
+"""Margins where pseudo-labels must not count, carried through the pipeline.
+
+Padding and packing of the other fields of a stream as well.
+"""
 
 from __future__ import annotations
 
-import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
@@ -10,7 +12,12 @@ from mmengine.structures import PixelData
 from mmseg.datasets.transforms import PackSegInputs
 from mmseg.registry import TRANSFORMS
 
+from .load_pseudo_labels import HARD_FIELD, SOFT_FIELD
+
 FIELD = 'valid_region'
+#: What padding is in each field that mmseg neither pads nor packs: no place
+#: for a pseudo-label, and none.
+PADDING = {FIELD: 0, HARD_FIELD: 255, SOFT_FIELD: 0}
 
 
 @TRANSFORMS.register_module()
@@ -90,10 +97,11 @@ class PadValidRegion(BaseTransform):
 
     mmcv's ``Pad`` extends image and ``gt_seg_map`` at the bottom and the
     right, and no other field. Streams insert this behind every ``Pad``.
+    Pseudo-labels from files are padded with 255, soft ones with 0.
     """
 
     def transform(self, results: dict) -> dict:
-        """Pad the field if there is one.
+        """Pad the fields that there are.
 
         Args:
             results (dict): Results with ``img`` of the final size.
@@ -101,9 +109,14 @@ class PadValidRegion(BaseTransform):
         Returns:
             dict: The same results.
         """
-        size = results['img'].shape[:2]
-        if FIELD in results and results[FIELD].shape != size:
-            results[FIELD] = mmcv.impad(results[FIELD], shape=size, pad_val=0)
+        height, width = results['img'].shape[:2]
+        for name, value in PADDING.items():
+            field = results.get(name)
+            if field is not None and field.shape[:2] != (height, width):
+                grown = ((0, height - field.shape[0]),
+                         (0, width - field.shape[1]), (0, 0))
+                results[name] = np.pad(
+                    field, grown[:field.ndim], constant_values=value)
         return results
 
     def __repr__(self) -> str:
@@ -113,26 +126,29 @@ class PadValidRegion(BaseTransform):
 
 @TRANSFORMS.register_module()
 class PackStreamInputs(PackSegInputs):
-    """mmseg's packing, plus ``valid_region`` as ``PixelData``.
+    """mmseg's packing, plus valid region and pseudo-labels as ``PixelData``.
 
     Args:
         meta_keys (sequence[str]): See ``mmseg.PackSegInputs``.
     """
 
     def transform(self, results: dict) -> dict:
-        """Pack image, labels and valid region.
+        """Pack image, labels, valid region and pseudo-labels.
 
         Args:
             results (dict): Results of the pipeline.
 
         Returns:
             dict: ``inputs`` (tensor ``(3, h, w)``) and ``data_samples``, with
-                ``valid_region`` ``(1, h, w)`` uint8 where there is one.
+                ``valid_region`` and ``pseudo_label`` ``(1, h, w)`` and
+                ``pseudo_probs`` ``(C, h, w)``, uint8, where they are.
         """
         packed = super().transform(results)
-        if FIELD in results:
-            region = PadValidRegion().transform(results)[FIELD]
-            data = torch.from_numpy(np.ascontiguousarray(region))[None]
-            packed['data_samples'].set_data(
-                {FIELD: PixelData(data=data.to(torch.uint8))})
+        padded = PadValidRegion().transform(results)
+        for name in PADDING:
+            if name in padded:
+                data = torch.from_numpy(np.ascontiguousarray(padded[name]))
+                data = data[None] if data.ndim == 2 else data.permute(2, 0, 1)
+                packed['data_samples'].set_data({name: PixelData(
+                    data=data.to(torch.uint8).contiguous())})
         return packed

@@ -13,7 +13,7 @@ from mmseg.registry import HOOKS
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ...adaptation.clock import Clock
+from ...models.clock import Clock
 from ...datasets import PositionSampler, StreamDataset
 from ..optimizer import refuse_layer_decay_on_wrapper
 

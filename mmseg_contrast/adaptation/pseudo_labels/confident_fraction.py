@@ -1,38 +1,19 @@
-"""Policies that turn a teacher's prediction into labels and weights."""
+"""All labels count by the share of confident pixels (DACS)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import confident_fraction, hard_labels, without_classes
+from ...ops import confident_fraction, hard_labels, without_classes
+from .labels import PseudoLabels
 
 if TYPE_CHECKING:
-    from .step import Step
-
-
-@dataclass
-class PseudoLabels:
-    """Labels that a teacher gave to a view.
-
-    Args:
-        view (str): Name of the view.
-        labels (Tensor): int64, ``(N, H, W)``.
-        confidence (Tensor): Probability of the label, float32, ``(N, H, W)``.
-        weights (Tensor): Loss weight, float32, ``(N, H, W)``.
-        parts (tuple): The same weights as ``(scale, mask)`` pairs.
-    """
-
-    view: str
-    labels: Tensor
-    confidence: Tensor
-    weights: Tensor
-    parts: tuple[tuple[Tensor, Tensor], ...]
+    from ..step import Step
 
 
 @MODELS.register_module()

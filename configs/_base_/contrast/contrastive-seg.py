@@ -1,0 +1,16 @@
+# ContrastiveSeg (Wang et al., ICCV 2021) without a memory: hard and easy
+# pixels of the batch against each other.
+contrast = dict(
+    head=dict(
+        type='ContrastHead',
+        channels=256,
+        projection=dict(layers=2),
+        bank=dict(type='BatchBank'),
+        sampler=dict(type='HardEasy', max_samples=1024, max_views=100),
+        own='positive',
+        tau=0.1,
+        base_tau=0.07,
+        loss_weight=0.1,
+        start=5000),
+    objective=dict(
+        type='Contrast', anchors=('source', ), bank=(), bank_from='student'))
