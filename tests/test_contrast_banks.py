@@ -30,6 +30,8 @@ KINDS = dict(
     images=dict(type='SegmentQueue', length=3),
     batches=dict(type='SegmentQueue', length=3, segment='batch',
                  normalize=False, energy='mean'))
+TRANSPORT = dict(type='PrototypeBank', prototypes=3, assign='transport',
+                 compare='prototype', distance_weight=.1)
 
 
 def build(kind='cumulative', double=True, **changes):
@@ -330,6 +332,132 @@ def test_many_prototypes_are_not_taken_for_the_ignored_label():
     assert queue.filled[85] == 3 and queue.filled.sum() == 3
 
 
+def slow_transport(similarities, steps=3, epsilon=.05):
+    """Shares of the vectors of one class, as published."""
+    q = (similarities / epsilon).exp().T
+    q = q / q.sum()
+    for _ in range(steps):
+        q = q / q.sum(1, keepdim=True) / q.shape[0]
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+    return (q * q.shape[1]).T
+
+
+@pytest.mark.parametrize('steps, epsilon', [(3, .05), (1, .2)])
+def test_transport_equals_the_loop_over_classes(steps, epsilon):
+    _, labels, *_ = draw(50, 3, present=(0, 1, 3))
+    labels = labels.where(labels != 255, torch.tensor(CLASSES))
+    gen = torch.Generator().manual_seed(0)
+    similarities = torch.rand(50, 3, generator=gen).double() * 2 - 1
+    got = ops.class_sinkhorn(similarities, labels, CLASSES, steps, epsilon)
+    for c in range(CLASSES + 1):
+        mine = labels == c
+        torch.testing.assert_close(got[mine], slow_transport(
+            similarities[mine], steps, epsilon))
+    assert (labels == 2).sum() == 0
+
+
+def test_transport_uses_all_prototypes_equally():
+    # All are nearest to the first.
+    similarities = torch.rand(90, 3, generator=torch.Generator().manual_seed(
+        0)) * .2 + torch.tensor([.7, 0., -.3])
+    labels = torch.zeros(90).long()
+    for epsilon in (.05, .005):  # exp(1 / 0.005) is no float32
+        shares = ops.class_sinkhorn(similarities, labels, 1, 50, epsilon)
+        torch.testing.assert_close(shares.sum(1), torch.ones(90))
+        torch.testing.assert_close(
+            shares.sum(0), torch.full((3, ), 30.), rtol=.02, atol=0)
+    assert similarities.argmax(1).eq(0).all()
+    # What must get nothing gets nothing, also where it is all there is.
+    similarities[:, 1] = ABSENT
+    similarities[0] = ABSENT
+    shares = ops.class_sinkhorn(similarities, labels, 1)
+    assert shares.isfinite().all() and shares[:, 1].eq(0).all()
+    assert shares[0].eq(0).all()
+    torch.testing.assert_close(shares[1:].sum(1), torch.ones(89))
+    assert ops.class_sinkhorn(
+        similarities[:0], labels[:0], 1).shape == (0, 3)
+
+
+def test_transported_vectors_move_the_prototypes():
+    bank = build('several', new_weight=1., assign='transport')
+    start = F.normalize(bank.mean, dim=2)
+    vectors, labels, *_ = draw(60, 1)
+    got = bank.assigned(vectors, labels)
+    bank.update(vectors, labels)
+    moved = 0
+    for c in range(CLASSES):
+        mine = (labels == c).nonzero().flatten()
+        cosines = F.normalize(vectors[mine], dim=1) @ start[c].T
+        chosen = slow_transport(cosines).argmax(1)
+        moved += (chosen != cosines.argmax(1)).sum().item()
+        assert got[mine].tolist() == (3 * c + chosen).tolist()
+        for k in range(3):
+            assert bank.count[c, k] == (chosen == k).sum()
+            if (chosen == k).any():
+                torch.testing.assert_close(
+                    bank.mean[c, k], vectors[mine[chosen == k]].mean(0))
+    assert moved > 3 and got[labels == 255].eq(-1).all()
+
+
+@pytest.mark.parametrize('assign', ['nearest', 'transport'])
+@pytest.mark.parametrize('distance_weight', [0., .1])
+def test_each_prototype_is_a_class_of_its_own(assign, distance_weight):
+    # ProtoSeg: cross entropy of all prototypes, and (1 - s)^2.
+    bank = build('several', normalize=True, compare='prototype',
+                 assign=assign, distance_weight=distance_weight)
+    for seed in range(3):
+        bank.update(*draw(60, seed, present=(0, 1, 3)))
+    bank.count[1, 0] = 0  # as if not yet seen
+    anchors, labels, weights, *_ = draw(30, 5)
+    anchors = F.normalize(anchors, dim=1).requires_grad_()
+    weights = weights.double()
+    got = bank.loss(anchors, labels, .1, 'energy', .05,
+                    anchor_weights=weights)
+    mean = F.normalize(bank.mean, dim=2)
+    seen = bank.count.flatten() > 0
+    targets = {}
+    for c in (0, 1, 3):
+        mine = (labels == c).nonzero().flatten()
+        cosines = anchors[mine].detach() @ mean[c].T
+        there = bank.count[c] > 0
+        cosines = cosines[:, there]
+        if assign == 'transport':
+            cosines = slow_transport(cosines)
+        places = there.nonzero().flatten()[cosines.argmax(1)]
+        targets |= dict(zip(
+            mine.tolist(), (3 * c + places).tolist(), strict=True))
+    total = 0.
+    for i, target in targets.items():
+        s = mean.flatten(0, 1) @ anchors[i]
+        total = total + weights[i] * (
+            2 * ((s[seen] / .1).logsumexp(0) - s[target] / .1)
+            + distance_weight * (1 - s[target])**2)
+    want = total / len(targets)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(one, anchors)[0] for one in (got, want)]
+    torch.testing.assert_close(*grads)
+    assert grads[0][labels == 2].eq(0).all()
+    plain = build('several', compare='prototype', normalize=True,
+                  assign=assign, distance_weight=distance_weight)
+    empty = plain.loss(anchors, labels, .1, 'energy')
+    grad, = torch.autograd.grad(empty, anchors)
+    assert empty == 0 and grad.eq(0).all()
+    bank.distance_weight = 0.
+    assert got - bank.loss(anchors, labels, .1, 'positive', .05,
+                           anchor_weights=weights) >= distance_weight * .01
+
+
+def test_one_prototype_each_is_compared_as_a_class():
+    banks = [build('cumulative', compare=how) for how in (
+        'class', 'prototype')]
+    anchors, labels, *_ = draw(9, 5)
+    losses = []
+    for bank in banks:
+        bank.update(*draw(60, 1, present=(0, 1, 3)))
+        losses.append(bank.loss(anchors, labels, .1, 'energy'))
+    torch.testing.assert_close(*losses)
+
+
 def test_a_start_that_all_ranks_share():
     torch.manual_seed(1)
     first = build('several').mean
@@ -527,6 +655,12 @@ def test_tokens_are_learnt():
     (dict(type='PrototypeBank', num_classes=0), 'PrototypeBank.num_classes'),
     (dict(type='PrototypeBank', channels=0), 'PrototypeBank.channels'),
     (dict(type='PrototypeBank', prototypes=0), 'prototypes must be at least'),
+    (dict(type='PrototypeBank', assign='far'), "assign = 'far' must be"),
+    (dict(type='PrototypeBank', compare='all'), "compare = 'all' must be"),
+    (dict(type='PrototypeBank', distance_weight=.1),
+     "set compare = 'prototype', or leave it out"),
+    (dict(type='PrototypeBank', epsilon=0.), 'epsilon must be above 0'),
+    (dict(type='PrototypeBank', iterations=0), 'iterations must be at leas'),
     (dict(type='PrototypeBank', clock='sometimes'),
      "PrototypeBank.clock = 'sometimes' must be 'cumulative' or 'ema'"),
     (dict(type='PrototypeBank', clock='ema'),
@@ -616,8 +750,9 @@ def run_rank(rank, folder):
         'gloo', init_method=(folder / 'meeting').as_uri(), rank=rank,
         world_size=2)
     result = {}
-    for kind in KINDS:
-        bank = build(kind)
+    for kind in (*KINDS, 'transport'):
+        bank = build(kind) if kind in KINDS else MODELS.build(
+            {**SIZES, **TRANSPORT})
         for seed in range(8):
             bank.update(*shares(seed)[1][rank])
         result[kind] = state(bank)
@@ -632,9 +767,10 @@ def test_two_ranks_have_the_same_banks_as_one(tmp_path):
         start_method='fork')
     assert any(processes.join(timeout=20) for _ in range(3))
     results = [torch.load(tmp_path / f'{rank}.pth') for rank in range(2)]
-    for kind in KINDS:
-        for name, one in results[0][kind].items():
+    for kind, first in results[0].items():
+        for name, one in first.items():
             assert torch.equal(one, results[1][kind][name]), (kind, name)
+    for kind in KINDS:
         alone = build(kind)
         for seed in range(8):
             batch, parts = shares(seed)
@@ -655,13 +791,14 @@ def test_two_ranks_have_the_same_banks_as_one(tmp_path):
 # The device
 
 
-@pytest.mark.parametrize('kind', [*KINDS, 'tokens', 'batch'])
+@pytest.mark.parametrize('kind', [*KINDS, 'transport', 'tokens', 'batch'])
 def test_nothing_asks_for_a_value(kind, monkeypatch):
     # Meta tensors have none, so whatever would wait for a GPU is an error.
     # autocast doesn't know them.
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: nullcontext())
-    config = KINDS.get(kind, dict(
-        type='PrototypeTokens' if kind == 'tokens' else 'BatchBank'))
+    config = KINDS.get(kind) or dict(
+        transport=TRANSPORT, tokens=dict(type='PrototypeTokens'),
+        batch=dict(type='BatchBank'))[kind]
     bank = MODELS.build({**SIZES, **config}).to('meta')
     vectors, labels, scores, images, number = draw(9)
     vectors, labels, scores, images = (

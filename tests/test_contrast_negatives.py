@@ -18,7 +18,7 @@ OWN = ('energy', 'positive')
 BANKS = dict(
     prototypes=dict(type='PrototypeBank', normalize=True),
     several=dict(type='PrototypeBank', prototypes=3, compare='prototype'),
-    gaussian=dict(type='GaussianBank', normalize='mean'),
+    gaussian=dict(type='GaussianBank'),
     pixels=dict(type='PixelQueue', length=7, number=3),
     means=dict(type='SegmentQueue', length=7, energy='mean'),
     tokens=dict(type='PrototypeTokens', prototypes=2),
@@ -339,6 +339,12 @@ def test_mixes_of_half_precision_are_full_precision():
         for one in (half, half.float()):
             got = bank.mixed(one, labels, .1, mixing, draws)
             assert got.dtype == torch.float32 and torch.equal(got, full)
+    anchors, keys = unit(9, WIDTH).float(), unit(300, WIDTH, seed=1).float()
+    rule = ops.same_label(torch.zeros(9), torch.ones(300))
+    index, _ = ops.hardest_negatives(anchors, keys, rule, 50)
+    with torch.autocast('cpu', torch.bfloat16):
+        again, _ = ops.hardest_negatives(anchors, keys, rule, 50)
+    assert torch.equal(index, again)
 
 
 @pytest.mark.parametrize('change, message', [

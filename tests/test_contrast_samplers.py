@@ -364,6 +364,15 @@ def test_entropy_of_certain_and_of_uniform_pixels():
     assert ops.pixel_entropy(logits.bfloat16()).dtype == torch.float32
 
 
+def test_probability_of_the_own_class():
+    logits = torch.tensor([0., 1, 2, 3]).view(1, 4, 1, 1).expand(1, 4, 1, 4)
+    labels = torch.tensor([[[2, 0, 255, -1]]])
+    got = ops.own_probability(logits.bfloat16(), labels)
+    assert got.dtype == torch.float32
+    want = torch.tensor([2., 0]).exp() / torch.arange(4.).exp().sum()
+    torch.testing.assert_close(got[0, 0], F.pad(want, (0, 2)))
+
+
 # Classes of unreliable pixels
 
 
@@ -535,6 +544,14 @@ def test_the_largest_and_the_smallest_draw_stay_inside():
         torch.arange(CLASSES), key_labels, means, uniforms)
     assert index.tolist() == [[7, 13, 21, 27]] + [[0, 6, 21, 27]] * 2 + [
         [0, 6, 14, 20]]
+
+
+def test_negatives_at_a_temperature_near_zero():
+    # exp of the others' cosines over tau is 0 next to that of the own class.
+    index, exists = ops.similar_class_negatives(
+        torch.tensor([0, 1]), torch.arange(3), torch.eye(3),
+        torch.tensor([.2, .8]).expand(2, 2, 2), 1e-4)
+    assert exists.all() and index.tolist() == [[1, 2], [0, 2]]
 
 
 def test_without_another_class_there_is_no_negative():
@@ -718,15 +735,20 @@ def test_nothing_asks_for_a_value(monkeypatch):
 
 def test_shapes_alone_decide_what_is_compiled():
     # One graph for any labels: no break, no second compilation.
-    sampler = MODELS.build(SAMPLERS['hard_easy'])
+    sampler, graphs = MODELS.build(SAMPLERS['hard_easy']), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(sampler, fullgraph=True, backend='eager')
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed, present in ((0, range(CLASSES)), (1, (2, )), (2, ())):
-            labels = draw_labels((2, 6, 6), seed, present)
-            scores = sampler.draw(labels, torch.Generator().manual_seed(0))
-            logits = draw_logits((2, 6, 6), seed)
-            got = compiled(labels, scores, logits, CLASSES)
-            want = sampler(labels, scores, logits, CLASSES)
-            assert torch.equal(got.index, want.index)
-            assert torch.equal(got.labels, want.labels)
+    compiled = torch.compile(sampler, fullgraph=True, backend=count)
+    for seed, present in ((0, range(CLASSES)), (1, (2, )), (2, ())):
+        labels = draw_labels((2, 6, 6), seed, present)
+        scores = sampler.draw(labels, torch.Generator().manual_seed(0))
+        logits = draw_logits((2, 6, 6), seed)
+        got = compiled(labels, scores, logits, CLASSES)
+        want = sampler(labels, scores, logits, CLASSES)
+        assert torch.equal(got.index, want.index)
+        assert torch.equal(got.labels, want.labels)
+    assert len(graphs) == 1

@@ -1,11 +1,12 @@
 """Contrast in adaptation: views, banks, teachers, schedules."""
 
-import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.structures import PixelData
+from mmseg.registry import MODELS
 
 from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
 from test_models_contrast_head import head_config
@@ -194,6 +195,44 @@ def test_joint_anchors_are_one_set():
         want.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize('bank', [
+    dict(scope='image'), dict(scope='block', block_size=3),
+    dict(rule='teacher_topk', k=2)])
+def test_places_and_teachers_reach_the_pairs(bank):
+    base = parts(anchors=('source', ), bank=(), keys='strong')
+    base['views']['strong'] = dict(type='StrongAugment', view='source')
+    one = dict(type='BatchBank', **bank)
+    model = build(student(bank=one), **base)
+    model.keep_step = True
+    losses = run(model, batch())
+    sets = [pixels_of(model, view) for view in ('source', 'strong')]
+    taught = [pixels_of(model, view, 'teacher')[0]
+              for view in ('source', 'strong')]
+    places = torch.arange(128)
+    images = places // 64
+    blocks = images * 9 + places % 64 // 8 // 3 * 3 + places % 8 // 3
+    want = model.segmentor.auxiliary_head.bank.loss(
+        *sets[0], 0.5, 'energy', keys=sets[1][0], key_labels=sets[1][1],
+        images=images, key_images=images, blocks=blocks, key_blocks=blocks,
+        teacher=taught[0], key_teacher=taught[1])
+    assert want > 0
+    assert losses['contrast.loss_source'].item() == pytest.approx(
+        want.item(), rel=1e-5)
+
+
+def test_shuffled_labels_are_the_same_at_other_places():
+    model = model_with(anchors=('source', ), shuffle=True)
+    head = model.segmentor.auxiliary_head
+    head.keep_anchors = True
+    run(model, batch())
+    found = head.last['labels']
+    want = model.last_step.view('source').labels[:, ::4, ::4].flatten()
+    assert torch.equal(found.sort()[0], want.sort()[0])
+    assert not torch.equal(found, want)
+    # The bank has the true ones.
+    assert torch.equal(head.bank.count[:, 0], want[want != 255].bincount())
+
+
 def test_keys_of_another_view():
     base = parts(anchors=('source', ), bank=(), keys='strong')
     base['views']['strong'] = dict(type='StrongAugment', view='source')
@@ -294,6 +333,7 @@ def test_extra_passes_leave_norms_alone():
     (dict(min_confidence=2.), 'min_confidence'),
     (dict(anchors='source'), 'anchors must be a list'),
     (dict(anchors=()), 'names no view'),
+    (dict(keys='target'), 'for a head with a BatchBank'),
     (dict(pseudo_labels=dict(target='none')), "pseudo_labels names 'none'"),
     (dict(bank_from='teacher', teacher='slow'), "teacher = 'slow'")])
 def test_mistakes_are_named(change, message):
@@ -314,3 +354,75 @@ def test_a_view_without_labels_is_named():
     model = build(student(), **parts(pseudo_labels={}))
     with pytest.raises(ValueError, match="view 'target' needs labels"):
         run(model, batch())
+
+
+# The device and several ranks
+
+
+@pytest.mark.parametrize('head', [
+    dict(bank=dict(type='PrototypeBank'), label_rule='ratio'),
+    dict(bank=dict(type='GaussianBank')),
+    dict(bank=dict(type='MemoryBank', pixels=5, segments=5), own='positive',
+         sampler=dict(type='HardEasy', max_samples=8, max_views=4)),
+    dict(bank=dict(type='BatchBank'), mixing=dict(type='HardNegativeMixing'),
+         sampler=dict(type='PerClassRandom', number=4))])
+def test_nothing_asks_for_a_value(head, monkeypatch):
+    # Meta tensors have none, so whatever would wait for a GPU is an error.
+    monkeypatch.setattr(torch, 'autocast', lambda *_, **__: nullcontext())
+    one = MODELS.build(head_config(**head)).to('meta').train()
+    maps = [torch.randn(2, 8, side, side, device='meta',
+                        requires_grad=True) for side in (16, 8)]
+    labels = torch.zeros(2, 32, 32, dtype=torch.int64, device='meta')
+    logits = torch.randn(2, CLASSES, 8, 8, device='meta')
+    pixels = one.pixels(one.project(maps), labels, logits, True)
+    generator = torch.Generator().manual_seed(0)
+    one.update_bank(pixels, generator)
+    one.contrast(pixels, generator).backward()
+    assert maps[1].grad.shape == maps[1].shape
+
+
+BANKS = dict(
+    prototypes=dict(bank=dict(type='PrototypeBank')),
+    memory=dict(bank=dict(type='MemoryBank', pixels=6, segments=6),
+                own='positive'),
+    late=dict(bank=dict(type='GaussianBank'), start=2))
+
+
+def run_rank(rank, folder):
+    torch.distributed.init_process_group(
+        'gloo', init_method=(folder / 'meeting').as_uri(), rank=rank,
+        world_size=2)
+    results = {}
+    for name, head in BANKS.items():
+        model = model_with(head=head, bank_from='teacher')
+        both = torch.nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False)
+        optimizer = torch.optim.AdamW(
+            model.segmentor.parameters(), lr=1e-2)
+        for seed in range(4):
+            data = batch(seed=10 * rank + seed)
+            if rank == 1 and seed == 2:  # nothing to contrast here
+                for one in data['data_samples']['source']:
+                    one.gt_sem_seg.data.fill_(255)
+            data = model.data_preprocessor(data, True)
+            losses = both(**data, mode='loss')
+            optimizer.zero_grad()
+            total(losses).backward()
+            optimizer.step()
+        results[name] = model.state_dict()
+    torch.save(results, folder / f'{rank}.pth')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_one_model_with_one_bank(tmp_path):
+    processes = torch.multiprocessing.start_processes(
+        run_rank, (tmp_path, ), nprocs=2, join=False, daemon=True,
+        start_method='fork')
+    assert any(processes.join(timeout=30) for _ in range(3))
+    one, two = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    for kind in BANKS:
+        for key, value in one[kind].items():
+            if 'running_' in key:  # of each rank's own batch
+                continue
+            assert torch.equal(two[kind][key], value), (kind, key)
+        assert any('bank' in key for key in one[kind])

@@ -46,6 +46,18 @@ def test_moments_of_a_batch_equal_the_loops(count):
             m2[c], ((mine - mine.mean(0))**2).sum(0))
 
 
+def test_moments_equal_a_product_with_one_hot_labels():
+    vectors, labels = draw_vectors(40, 0)
+    known = labels < 4
+    hot = F.one_hot(labels[known], 4).double()
+    count, mean, m2 = ops.class_moments(vectors, labels, 4)
+    assert torch.equal(count, hot.sum(0).long())
+    torch.testing.assert_close(
+        mean, hot.T @ vectors[known] / hot.sum(0).unsqueeze(1))
+    torch.testing.assert_close(
+        m2, hot.T @ (vectors[known] - hot @ mean).square())
+
+
 def test_a_label_inside_the_range_can_be_ignored():
     vectors, labels = torch.ones(3, 2), torch.tensor([0, 1, 1])
     counts, _, _ = ops.class_moments(vectors, labels, 2, ignore_index=0)

@@ -60,6 +60,7 @@ from mmseg_contrast.datasets.pseudo_labels import (  # noqa: E402
     image_root,
     label_folders,
 )
+from mmseg_contrast.datasets.reader import refuse_truncated  # noqa: E402
 from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
 from mmseg_contrast.environment import allow_checkpoint_classes  # noqa: E402
 from mmseg_contrast.files import written_whole  # noqa: E402
@@ -151,7 +152,13 @@ class Images(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         image = self.images[number]
-        return image.dataset[image.index]
+        path = image.dataset.get_data_info(image.index)['img_path']
+        try:
+            refuse_truncated(path)
+            return image.dataset[image.index]
+        except Exception as error:
+            raise ValueError(f'cannot read the image {path} '
+                             f'({type(error).__name__}: {error})') from error
 
 
 def without_labels(pipeline: list) -> list:

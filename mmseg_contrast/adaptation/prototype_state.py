@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import gather_new, image_class_means, moved_prototypes
+from ..ops import (
+    gather_new,
+    image_class_means,
+    moved_prototypes,
+    prototype_scores,
+)
 
 if TYPE_CHECKING:
     from .step import Step
@@ -90,12 +95,9 @@ class PrototypeState(nn.Module):
             ValueError: If the decoder features have other channels.
         """
         seen = step.teacher_pass(self.teacher, self.view)
-        features = decoder_features(seen)
-        if features.shape[1] != self.channels:
-            raise ValueError(
-                f'model.state.*.channels = {self.channels}, but the decode '
-                f'head classifies {features.shape[1]} channels.')
-        logits = F.interpolate(seen.logits.float(), features.shape[-2:],
+        features, logits = decoder_features(seen), seen.logits
+        assert logits is not None  # heads with features have logits
+        logits = F.interpolate(logits.float(), features.shape[-2:],
                                mode='bilinear', align_corners=False)
         # One channel says how likely the second of two classes is.
         labels = logits.argmax(1) if logits.shape[1] > 1 else (
@@ -109,7 +111,11 @@ class PrototypeState(nn.Module):
         Args:
             features (Tensor): ``(N, D, h, w)``, the same N on all ranks.
             labels (Tensor): int64, ``(N, h, w)``; 255 is ignored.
+
+        Raises:
+            ValueError: If D is another number.
         """
+        self._check_channels(features)
         new, exists = gather_new(*image_class_means(
             features, labels, self.num_classes, self.min_pixels))
         mean, count = moved_prototypes(
@@ -117,6 +123,31 @@ class PrototypeState(nn.Module):
             self.mean_until)
         self.mean.copy_(mean)
         self.count.copy_(count)
+
+    def scores(self, features: Tensor, temperature: float) -> Tensor:
+        """How near each pixel is to each prototype, as logarithms.
+
+        Args:
+            features (Tensor): ``(N, D, h, w)``, with gradients.
+            temperature (float): See
+                :func:`mmseg_contrast.ops.prototype_scores`.
+
+        Returns:
+            Tensor: ``(N, C, h, w)``.
+
+        Raises:
+            ValueError: If D is another number.
+        """
+        self._check_channels(features)
+        # The update comes before the backward, which needs these.
+        return prototype_scores(
+            features, self.mean.clone(), self.exists, temperature)
+
+    def _check_channels(self, features: Tensor) -> None:
+        if features.shape[1] != self.channels:
+            raise ValueError(
+                f'model.state.*.channels = {self.channels}, but the decode '
+                f'head classifies {features.shape[1]} channels.')
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor],
                               prefix: str, *args: Any) -> None:

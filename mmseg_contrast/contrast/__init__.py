@@ -19,6 +19,7 @@ from .samplers import (
 
 __all__ = [
     'AllPixels', 'Anchors', 'Bank', 'BatchBank', 'GaussianBank', 'HardEasy',
-    'HardNegativeMixing', 'LowEntropy', 'MemoryBank', 'PerClassRandom', 'PixelQueue',
-    'PrototypeBank', 'PrototypeTokens', 'Sampler', 'SegmentQueue', 'Uncertain'
+    'HardNegativeMixing', 'LowEntropy', 'MemoryBank', 'PerClassRandom',
+    'PixelQueue', 'PrototypeBank', 'PrototypeTokens', 'Sampler',
+    'SegmentQueue', 'Uncertain'
 ]

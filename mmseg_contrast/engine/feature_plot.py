@@ -151,15 +151,15 @@ def draw_features(clouds: Sequence[Cloud],
             1 - (_TOP + tall) / height, _SIDE / width, tall / height))
         for other, behind in enumerate(points):
             if other != at:
-                axes.scatter(*behind.T, s=0.7 * size, c=_CONTEXT,
-                             linewidths=0, marker=_marker(other))
-        axes.scatter(*points[at].T, s=size, c=colors[cloud.labels],
-                     marker=_marker(at), linewidths=0.3,
-                     edgecolors=(0, 0, 0, 0.35), alpha=0.8)
+                axes.scatter(behind[:, 0], behind[:, 1], s=0.7 * size,
+                             c=_CONTEXT, linewidths=0, marker=_marker(other))
+        axes.scatter(points[at][:, 0], points[at][:, 1], s=size,
+                     c=colors[cloud.labels], marker=_marker(at),
+                     linewidths=0.3, edgecolors=(0, 0, 0, 0.35), alpha=0.8)
         if len(stars):
-            axes.scatter(*stars.T, s=230, c=colors[prototype_labels],
-                         marker='*', linewidths=1.1, edgecolors='black',
-                         zorder=3)
+            axes.scatter(stars[:, 0], stars[:, 1], s=230,
+                         c=colors[prototype_labels], marker='*',
+                         linewidths=1.1, edgecolors='black', zorder=3)
         axes.set_title(f'{cloud.title}, {len(cloud.labels)} pixels',
                        fontsize=10)
         axes.set_xlim(low[0], high[0])
@@ -217,4 +217,4 @@ def _add_legends(figure: Any, left: float, top: float, line: float,
         loc='upper left', bbox_to_anchor=(
             left, top - line * (len(shapes) + 0.7)), frameon=False,
         fontsize=8, borderaxespad=0., handletextpad=0.3, columnspacing=0.8,
-        ncols=columns)
+        ncol=columns)

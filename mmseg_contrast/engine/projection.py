@@ -163,7 +163,7 @@ def joint_probabilities(distances: Array, perplexity: float,
     others = ~np.eye(number, dtype=bool)
     # Only differences matter: the nearest neighbour has an exponent of 0.
     nearest = np.where(others, distances, np.inf).min(1, keepdims=True)
-    gaps = distances - nearest
+    gaps = np.where(others, distances - nearest, 0)
     low = np.zeros((number, 1))
     high = np.full((number, 1), np.inf)
     precision = np.full((number, 1), 1 / max(gaps[others].mean(), _TINY))

@@ -319,14 +319,13 @@ class ContrastHead(BaseModule):
         if self.mixing is not None:
             more.update(mixing=self.mixing, draws=self.mixing.draw(
                 len(vectors), generator, vectors.device))
+        tile = getattr(self.bank, 'block_size', None)
+        more.update(_places(anchors.labels, chosen.index, tile))
         if keys is not None:
-            more.update(keys=_rows(keys.embeddings),
-                        key_labels=keys.labels.flatten())
+            more.update(self._keys(keys, tile))
         loss = self.bank.loss(
             vectors, chosen.labels, self.tau, self.own, self.base_tau,
-            self.reduce_positives,
-            **_places(anchors.labels, chosen.index,
-                      getattr(self.bank, 'block_size', None)), **more)
+            self.reduce_positives, **more)
         if self.regularizer:
             mean, present = self.bank.centres()
             loss = loss + self.regularizer * contrast_regularizer(
@@ -336,6 +335,19 @@ class ContrastHead(BaseModule):
             self.last = dict(
                 anchors=vectors.detach(), labels=chosen.labels)
         return loss
+
+    def _keys(self, keys: Pixels, tile: int | None) -> dict[str, Tensor]:
+        """All pixels of another view, as a BatchBank takes them."""
+        vectors, labels = _rows(keys.embeddings), keys.labels.flatten()
+        every = torch.arange(len(labels), device=labels.device)
+        found = dict(
+            keys=_unit(vectors) if self.normalize == 'anchors' else vectors,
+            key_labels=labels)
+        for name, value in _places(keys.labels, every, tile).items():
+            found[f'key_{name}'] = value
+        if keys.teacher is not None:
+            found['key_teacher'] = _rows(keys.teacher)
+        return found
 
     @torch.no_grad()
     def update_bank(self, pixels: Pixels, generator: torch.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from .balanced_crop import (
     balance_scores,
+    box_counts,
     choose_offsets,
     crop_windows,
     draw_offsets,
@@ -88,7 +89,7 @@ from .transport import class_sinkhorn
 
 __all__ = [
     'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
-    'block_grid', 'block_mask', 'check_choice', 'choose_classes',
+    'block_grid', 'block_mask', 'box_counts', 'check_choice', 'choose_classes',
     'choose_offsets', 'class_contrast_loss', 'class_mask', 'class_moments',
     'class_sinkhorn', 'class_thresholds', 'class_variance', 'color_jitter',
     'complement_weights', 'confidence_histogram', 'confident_fraction',
@@ -97,8 +98,8 @@ __all__ = [
     'ema_update', 'entropy_threshold', 'except_self', 'forked_rng',
     'fuse_detail', 'gather_moments', 'gather_new', 'gaussian_blur',
     'gaussian_energies', 'generator_at', 'hard_and_easy', 'hard_labels',
-    'hardest_negatives', 'hide_blocks', 'image_class_means', 'joint_weights',
-    'ignored_last', 'known_labels', 'labels_at', 'logit_probabilities',
+    'hardest_negatives', 'hide_blocks', 'ignored_last', 'image_class_means',
+    'joint_weights', 'known_labels', 'labels_at', 'logit_probabilities',
     'masked_feature_distance', 'merge_moments', 'merge_windows', 'mix',
     'mixed_energies', 'moved_prototypes', 'normalized', 'over_thresholds',
     'own_class', 'own_probability', 'pair_contrast_loss', 'pixel_entropy',

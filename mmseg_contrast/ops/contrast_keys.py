@@ -280,8 +280,8 @@ def _chunked_loss(form: Form, anchors: Tensor, keys: Tensor, tau: float,
         anchors, keys = anchors.to(dtype), keys.to(dtype)
         if not len(anchors) or not len(keys):
             # Zero, and connected to whatever asks for gradients.
-            if extra is not None:  # which is infinite for no energy
-                extra = extra.nan_to_num()
+            if extra is not None:  # infinite for no energy
+                extra = extra.nan_to_num(0., 0., 0.)
             return sum((one.sum() * 0 for one in (
                 keys, anchor_weights, key_weights, extra)
                 if one is not None and one.requires_grad), anchors.sum() * 0)

@@ -100,8 +100,7 @@ def mixed_energies(anchors: Tensor,
 
     def chosen(place: Tensor) -> Tensor:
         # Uniform among the negatives that there are.
-        there = (count - 1).clamp_min(0).unsqueeze(1)
-        number = (place * count.unsqueeze(1)).long().clamp_max(there)
+        number = (place * count.unsqueeze(1)).long()
         return keys[hardest.gather(1, number)].to(dtype)
 
     with torch.no_grad():

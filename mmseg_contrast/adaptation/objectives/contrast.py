@@ -9,6 +9,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ...contrast import BatchBank
 from ...models import Pixels
 from ..students import contrast_heads
 
@@ -51,6 +52,8 @@ class Contrast(nn.Module):
         keys (str, optional): For a BatchBank: the view whose pixels are the
             keys. None: the anchors themselves.
         weighted (bool): Whether a pair counts by the weight of its anchor.
+        shuffle (bool): A control: anchors get each other's labels, so the
+            loss says nothing of classes.
         update_norm (bool): Whether the student's pass over these views
             records batch-norm statistics, besides the projection's own.
 
@@ -71,6 +74,7 @@ class Contrast(nn.Module):
                  joint: bool = False,
                  keys: str | None = None,
                  weighted: bool = False,
+                 shuffle: bool = False,
                  update_norm: bool = False) -> None:
         super().__init__()
         where = 'model.objectives.*'
@@ -93,6 +97,11 @@ class Contrast(nn.Module):
                                  f'got {views!r}.')
         if not anchors:
             raise ValueError(f'{where}.anchors names no view.')
+        if keys is not None and not isinstance(found[head].bank, BatchBank):
+            raise ValueError(
+                f'{where}.keys = {keys!r} are for a head with a BatchBank, '
+                f'{head!r} has a {type(found[head].bank).__name__}: leave '
+                'them out, or name the view in bank.')
         self.head = head
         self.anchors = tuple(anchors)
         self.bank = tuple(bank)
@@ -104,6 +113,7 @@ class Contrast(nn.Module):
         self.joint = joint
         self.keys = keys
         self.weighted = weighted
+        self.shuffle = shuffle
         self.update_norm = update_norm
         self.needs = tuple(dict.fromkeys(
             [*anchors, *bank, *([keys] if keys else [])]))
@@ -162,6 +172,10 @@ class Contrast(nn.Module):
         if self.joint:
             sets = dict(contrast=_together(sets, self.anchors))
         keys = None if self.keys is None else self._pixels(step, self.keys)
+        if self.shuffle:
+            for name, pixels in sets.items():
+                pixels.labels = _shuffled(pixels.labels, step.generator(
+                    f'contrast.{self.head}.shuffle.{name}'))
         return {
             f'loss_{name}': weight * head.contrast(
                 pixels, step.generator(f'contrast.{self.head}.{name}'), keys)
@@ -210,6 +224,13 @@ class Contrast(nn.Module):
         """Whether the teacher says which pixels are related (ReKD)."""
         return getattr(self.contrast_head.bank, 'rule', None) == (
             'teacher_topk')
+
+
+def _shuffled(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """The same labels at other places."""
+    order = torch.randperm(labels.numel(), generator=generator)
+    return labels.flatten()[order.to(labels.device, non_blocking=True)
+                            ].view_as(labels)
 
 
 def _together(sets: Mapping[str, Pixels], views: Sequence[str]) -> Pixels:

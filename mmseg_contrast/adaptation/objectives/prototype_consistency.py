@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ...ops import prototype_consistency, prototype_scores
+from ...ops import prototype_consistency
 from ..prototype_state import decoder_features, prototypes_of
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ class PrototypeConsistency(nn.Module):
         """
         prototypes = prototypes_of(
             step, self.state, 'PrototypeConsistency.state')
-        # In place updates follow after the losses; backward needs these.
-        mean, exists = prototypes.mean.clone(), prototypes.exists
         student = decoder_features(step.student(self.strong))
         teacher = decoder_features(
             step.teacher_pass(self.teacher, self.weak))
@@ -87,6 +85,6 @@ class PrototypeConsistency(nn.Module):
             teacher = F.interpolate(teacher, student.shape[-2:],
                                     mode='bilinear', align_corners=False)
         loss = prototype_consistency(
-            prototype_scores(student, mean, exists, self.temperature),
-            prototype_scores(teacher, mean, exists, self.temperature))
+            prototypes.scores(student, self.temperature),
+            prototypes.scores(teacher, self.temperature))
         return dict(loss_consistency=self.weight * loss)

@@ -8,7 +8,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import nn
 
-from ...ops import hard_labels, prototype_scores, rectified
+from ...ops import hard_labels, rectified
 from ..prototype_state import decoder_features, prototypes_of
 from .labels import PseudoLabels, check_choice, check_unit, counted_where
 
@@ -94,9 +94,7 @@ class PrototypeRectified(nn.Module):
                 f'{self.view!r} has no soft labels: set train_dataloader.'
                 f'dataset.streams.{self.view}.pseudo_labels to a folder made '
                 'with tools/generate_pseudo_labels.py --policy soft.')
-        weights = prototype_scores(
-            features, prototypes.mean, prototypes.exists,
-            self.temperature).exp()
+        weights = prototypes.scores(features, self.temperature).exp()
         probs = rectified(probs, weights)
         confidence, labels = hard_labels(probs)
         # Where nothing was stored all is 0.

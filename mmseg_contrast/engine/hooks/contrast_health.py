@@ -356,10 +356,9 @@ class ContrastHealthHook(Hook):
         """Sums over the latest anchors of all ranks; all of them call it."""
         head = watch.head
         # A rank without anchors takes part, too.
-        device = next(head.parameters(), torch.zeros(())).device
+        device = head.bank.age.device
         known = []
         for vectors, labels in _anchors(head):
-            device = labels.device
             keep = ignored_last(labels, head.num_classes,
                                 head.ignore_index) < head.num_classes
             known.append((F.normalize(vectors[keep].float(), dim=1),

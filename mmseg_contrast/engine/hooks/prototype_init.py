@@ -243,7 +243,8 @@ class PrototypeInitHook(Hook):
                         head.pixels(
                             seen.embed(projecting[name]), labels,
                             seen.probabilities, self.correct_only),
-                        generator_at(rank, number, _NAME, name))
+                        generator_at(
+                            runner.seed or 0, rank, number, _NAME, name))
                 if bar is not None:
                     step = min(len(labels) * world, total - bar.completed)
                     if step:
