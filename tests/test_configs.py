@@ -10,40 +10,126 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import build_from_cfg
+from mmengine.structures import PixelData
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
 
 from helpers import sample
 from mmseg_contrast.adaptation import FeatureDistance, UDASegmentor
+from mmseg_contrast.models import ContrastHead
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path for path in (ROOT / 'configs').rglob('*.py')
                  if '_base_' not in path.parts)
 NAMES = [str(path.relative_to(ROOT / 'configs')) for path in SHIPPED]
+#: Methods of contrast, each with a folder of its own.
+CONTRAST = ['contrastive_seg', 'label_efficient', 'local_contrast', 'mochi',
+            'pipa', 'proca', 'protoseg', 'rekd', 'sdca', 'sepico', 'spcl']
+PAIRS = ['camvid2idd', 'camvid_day2dusk', 'nuclei_fluo2he',
+         'vessel_drive2chase']
 
 
 def test_configs_are_found():
     assert {name.split('/')[0] for name in NAMES} >= {
-        'quickstart', 'dacs', 'benchmarks', 'daformer', 'source_only'}
+        'quickstart', 'dacs', 'benchmarks', 'daformer', 'source_only',
+        *CONTRAST}
     # Four benchmarks by three methods, five smaller encoders, four parts
     # left out, three other decoders.
-    large = [name for name in NAMES if '512x512' in name]
+    large = [name for name in NAMES if '512x512' in name
+             and name.split('/')[0] not in CONTRAST]
     assert len(large) == 4 * 3 + 5 + 4 + 3
+
+
+def every(value):
+    """All dicts within a config."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, (dict, list, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from every(one)
 
 
 def smaller(cfg):
     """The same network with fewer blocks: what is tested is the config."""
-    backbone = cfg.model.segmentor.backbone
-    if backbone.type == 'ReferenceMixVisionTransformer':
-        backbone.num_layers = (1, 1, 1, 1)
-    elif backbone.type == 'ResNetV1c':
-        backbone.depth = 50
+    for part in every(cfg.model):
+        kind = part.get('type')
+        if kind == 'ReferenceMixVisionTransformer':
+            part['num_layers'] = (1, 1, 1, 1)
+        elif kind == 'ResNetV1c':
+            part['depth'] = 50
+        elif kind == 'SyncBN':  # works on GPUs alone
+            part['type'] = 'BN'
+        elif kind == 'BalancedCrop':
+            part['size'] = (64, 64)
+        elif kind == 'ContrastHead':
+            part['start'] = 0
+        elif kind == 'HardEasy':
+            part['max_views'] = 1
+        elif kind == 'MemoryBank':
+            part.update(pixels=50, segments=50)
+        elif kind == 'SegmentQueue':
+            part['length'] = 10
     return cfg
+
+
+def batch_for(cfg, num_classes, side=64):
+    """Images, and samples with labels in blocks of 16 pixels, by stream."""
+    gen = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, side, side, generator=gen)
+    labels = torch.randint(
+        0, num_classes, (2, side // 16, side // 16), generator=gen)
+    labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    inputs, samples = {}, {}
+    for name, options in cfg.train_dataloader.dataset.streams.items():
+        inputs[name] = images if options.labelled else images.flip(0)
+        samples[name] = [
+            sample(one if options.labelled else None, (side, side))
+            for one in labels]
+        if options.get('pseudo_labels'):
+            for data, one in zip(samples[name], labels, strict=True):
+                data.pseudo_label = PixelData(data=one.unsqueeze(0))
+    return inputs, samples
+
+
+def check_losses(losses, at_least):
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert sum('loss' in key for key in losses) >= at_least
+
+
+def check_contrast(model, step, names):
+    """Something is contrasted, and the student learns from it."""
+    student = getattr(model, 'segmentor', model)
+    heads = [part for part in student.modules()
+             if isinstance(part, ContrastHead)]
+    if not heads:
+        return
+    if any(head.update == 'after' for head in heads):
+        step()  # the bank was empty
+    losses = step()
+    found = [value for key, value in losses.items()
+             if 'loss' in key and key.startswith(names)]
+    total = sum(found)
+    assert len(found) >= len(heads) and total > 0
+    weight = next(one for one in student.backbone.parameters()
+                  if one.requires_grad)
+    grad, = torch.autograd.grad(total, weight)
+    assert torch.isfinite(grad).all() and grad.any()
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_a_shipped_config_builds_and_takes_a_step(path):
     cfg = smaller(Config.fromfile(path))
     model = MODELS.build(cfg.model)
+    for hook in cfg.custom_hooks:
+        build_from_cfg(hook, HOOKS)
+    evaluators = cfg.get('val_evaluator') or []
+    for metric in evaluators if isinstance(evaluators, list) else [
+            evaluators]:
+        METRICS.build(metric)
+    if 'server_evaluator' in cfg:
+        METRICS.build(cfg.server_evaluator)
+        assert DATASETS.get(cfg.server_dataloader.dataset.type)
+    if 'segmentor' not in cfg.model:
+        return check_supervised(cfg, model)
     assert isinstance(model, UDASegmentor)
     for objective in model.objectives.values():
         if isinstance(objective, FeatureDistance):
@@ -56,56 +142,77 @@ def test_a_shipped_config_builds_and_takes_a_step(path):
         loads = any('Annotations' in k or 'Labels' in k for k in kinds)
         assert loads is options.labelled
     assert cfg.train_dataloader.sampler.type == 'PositionSampler'
-    for hook in cfg.custom_hooks:
-        build_from_cfg(hook, HOOKS)
-    evaluators = cfg.val_evaluator
-    for metric in evaluators if isinstance(evaluators, list) else [
-            evaluators]:
-        METRICS.build(metric)
-    if 'server_evaluator' in cfg:
-        METRICS.build(cfg.server_evaluator)
-        assert DATASETS.get(cfg.server_dataloader.dataset.type)
     assert model.num_classes == cfg.pair.num_classes
-    side = 64
-    gen = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, model.num_classes, (2, side, side),
-                           generator=gen)
-    images = torch.randn(2, 3, side, side, generator=gen)
-    batch = dict(
-        source=(images, [sample(one, (side, side)) for one in labels]),
-        target=(images.flip(0), [sample(None, (side, side))] * 2))
-    losses = model.train()(
-        {name: batch[name][0] for name in streams},
-        {name: batch[name][1] for name in streams}, mode='loss')
-    assert all(torch.isfinite(value).all() for value in losses.values())
-    assert sum('loss' in key for key in losses) >= len(streams)
+    batch = batch_for(cfg, model.num_classes)
+    model.train()
+    check_losses(model(*batch, mode='loss'), len(streams))
+    check_contrast(model, lambda: model(*batch, mode='loss'), 'contrast')
+
+
+def check_supervised(cfg, model):
+    """A stock loader and a stock segmentor."""
+    assert DATASETS.get(cfg.train_dataloader.dataset.type)
+    streams = dict(source=dict(labelled=True))
+    fake = Config(dict(train_dataloader=dict(dataset=dict(streams=streams))))
+    inputs, samples = batch_for(fake, model.num_classes)
+    model.train()
+    check_losses(model.loss(inputs['source'], samples['source']), 1)
+    check_contrast(
+        model, lambda: model.loss(inputs['source'], samples['source']),
+        'aux_1.loss_contrast')
+
+
+#: Data that have been loaded: many configs share theirs.
+LOADED = set()
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_the_data_of_a_shipped_config_load(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = Config.fromfile(path)
+    if 'streams' not in cfg.train_dataloader.dataset:
+        pytest.skip('a stock loader of mmseg')
     roots = {options.dataset.get('data_root', '.') for options in
              cfg.train_dataloader.dataset.streams.values()}
     missing = [root for root in roots if not Path(root).is_dir()]
     if missing:
         pytest.skip(f'{missing[0]} is not there')
+    if any('pseudo_labels' in options for options in
+           cfg.train_dataloader.dataset.streams.values()):
+        pytest.skip('a stage before it makes its pseudo-labels')
+    same = repr((cfg.train_dataloader.dataset, cfg.get('test_dataloader')))
+    if same in LOADED:
+        return  # by another config
+    LOADED.add(same)
     streams = DATASETS.build(cfg.train_dataloader.dataset)
     item = streams[0]
-    assert set(item['inputs']) == {'source', 'target'}
-    assert 'gt_sem_seg' in item['data_samples']['source']
-    assert 'gt_sem_seg' not in item['data_samples']['target']
+    assert set(item['inputs']) == set(cfg.train_dataloader.dataset.streams)
+    for name, data in item['data_samples'].items():
+        assert ('gt_sem_seg' in data) is (name == 'source')
     assert len(streams.metainfo['classes']) == cfg.pair.num_classes
+    if not cfg.get('test_dataloader'):
+        return
     test = DATASETS.build(cfg.test_dataloader.dataset)
     assert len(test) > 0 and 'gt_sem_seg' in test[0]['data_samples']
     assert tuple(test.metainfo['classes']) == tuple(
         streams.metainfo['classes'])
 
 
+def lines_of(path):
+    return [line for line in path.read_text().splitlines() if line.strip()]
+
+
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_a_shipped_config_is_short(path):
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    assert len(lines) <= (25 if '512x512' in path.name else 35)
+    lines = lines_of(path)
+    if path.parent.name in CONTRAST:
+        # With what is the method's own among the bases.
+        own = [ROOT / 'configs' / one for line in lines for one in re.findall(
+            r"'(?:\.\./)+(_base_/contrast/\S+\.py)'", line)]
+        assert len(own) <= 1
+        assert len(lines) + sum(len(lines_of(one)) for one in own) <= 60
+    else:
+        assert len(lines) <= (25 if '512x512' in path.name else 35)
 
 
 def test_the_example_of_the_readme_wraps_a_stock_config(tmp_path):

@@ -163,7 +163,6 @@ def test_a_checkpoint_without_an_age_can_be_loaded(kind, strict):
     fresh.bank = build(kind)
     load_state_dict(fresh, old, strict=strict)
     assert fresh.bank.age.tolist() == [0, 0, -1, 0]
-    assert 'bank.age' not in old
     # A checkpoint without the bank is none of a bank without an age.
     fresh.bank.age.fill_(7)
     load_state_dict(fresh, {}, strict=False)
@@ -187,6 +186,8 @@ def test_centres_are_the_mean_key_of_each_class(kind):
     bank = MODELS.build({**SIZES, **config})
     for seed in range(3):
         bank.update(*draw(40, seed, present=(0, 1, 3)))
+    if hasattr(bank, 'keys'):  # what an empty place holds must not matter
+        bank.keys[~bank.occupied()] = 99
     centres, there = bank.centres()
     assert centres.dtype == torch.float32 and not centres.requires_grad
     assert centres.shape == (CLASSES, WIDTH)

@@ -191,6 +191,21 @@ def test_golden_first_mean(golden):
     assert torch.equal(state.count, golden['offline_mean/proto_num'].long())
 
 
+def test_pixels_of_weight_0_are_ignored(golden):
+    _, step, _ = next(train(golden, .1))
+    pseudo = PrototypeRectified(threshold=.3)(step, 'target')
+    assert 0 < pseudo.weights.mean() < 1
+    step.pseudo_label = lambda name: pseudo
+    student = SimpleNamespace(out_channels=CLASSES, align_corners=False)
+    got = SymmetricCrossEntropy(student, weight=2., regular=.5)(step)
+    labels = pseudo.labels.where(pseudo.weights > 0, torch.tensor(255))
+    torch.testing.assert_close(
+        got['loss_symmetric'], 2 * ops.symmetric_cross_entropy(
+            step.logits.float(), labels))
+    torch.testing.assert_close(
+        got['loss_regular'], ops.uniform_divergence(step.logits.float()))
+
+
 def test_golden_ignored_pixels_count_nowhere(golden):
     _, step, _ = next(train(golden, .1))
     pseudo = step.pseudo_label('target')

@@ -210,6 +210,16 @@ def test_scalars_of_an_interval(log):
     assert f'(lowest {CLASSES[lowest[1]]} {lowest[0]:.3f})' in line
 
 
+def test_classes_are_counted_anew_in_each_interval(log):
+    sets = [anchors_of(unit(len(c), 6), c) for c in (
+        [0, 1], [2], [3, 255], [3], [], [255])]
+    sets[4] = None
+    scalars, _ = train(make_head(), ContrastHealthHook(
+        interval=2, report_interval=2), sets)
+    assert [scalars[n]['contrast/aux_anchor_coverage'] for n in (2, 4, 6)
+            ] == [0.75, 0.25, 0.]
+
+
 def test_a_report_is_the_mean_of_its_intervals(log):
     head = make_head()
     axes = torch.eye(6)

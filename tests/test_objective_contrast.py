@@ -426,3 +426,10 @@ def test_two_ranks_train_one_model_with_one_bank(tmp_path):
                 continue
             assert torch.equal(two[kind][key], value), (kind, key)
         assert any('bank' in key for key in one[kind])
+
+
+def test_a_state_that_is_not_there_is_named():
+    base = dacs_parts()
+    base['pseudo_labels']['target'] = dict(type='PrototypeRectified')
+    with pytest.raises(ValueError, match=r'pseudo_labels.target.state'):
+        build(tiny_student(), **base)

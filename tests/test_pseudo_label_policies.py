@@ -26,6 +26,7 @@ from mmseg_contrast.adaptation import (
     StoredPseudoLabels,
     View,
 )
+from mmseg_contrast.datasets import LoadPseudoLabels
 from mmseg_contrast.datasets.pseudo_label_files import (
     MANIFEST,
     decode_soft,
@@ -133,6 +134,10 @@ def test_the_student_labels_for_itself_without_a_gradient(policy):
                            mode='bilinear').detach()
     confidence, labels = logits.softmax(1).max(1)
     assert not pseudo.confidence.requires_grad
+    reader = model.pseudo_labels['target'].predictor
+    assert not reader.probabilities(step).requires_grad
+    # Others learn from the same pass.
+    assert step.students['target'].logits.requires_grad
     assert pseudo.weights.sum() > 0
     if policy.get('rule') != 'cbst':
         assert torch.equal(pseudo.labels, labels)
@@ -724,6 +729,9 @@ def test_stored_labels_travel_with_the_image(tmp_path, monkeypatch, kind,
         path.unlink()
     monkeypatch.setattr(LoadAnnotations, 'transform', None)
     dataset = stream(root, out, *STEPS, cache=cache)
+    # Read once where loaded images are kept.
+    reader, = dataset.streams['target'].readers
+    assert isinstance(reader.loading[-1], LoadPseudoLabels)
     seen = set()
     for position in range(6):
         item = dataset[position]

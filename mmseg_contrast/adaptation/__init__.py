@@ -21,13 +21,13 @@ from .state_dict import RESERVED_ROOTS
 from .step import Step
 from .teachers import EMATeacher
 from .view import View
-from .views import BalancedCrop, ClassMix, StrongAugment
+from .views import BalancedCrop, ClassMix, PseudoLabelled, StrongAugment
 
 __all__ = [
     'RESERVED_ROOTS', 'BalancedCrop', 'ClassMix', 'ClassThresholds',
     'ConfidentFraction', 'ConfidentPixels', 'Contrast', 'EMATeacher',
     'FeatureDistance', 'PrototypeConsistency', 'PrototypeRectified',
-    'PrototypeState', 'PseudoLabels', 'Segmentation', 'Step',
+    'PrototypeState', 'PseudoLabelled', 'PseudoLabels', 'Segmentation', 'Step',
     'StoredPseudoLabels', 'StrongAugment', 'SymmetricCrossEntropy',
     'UDASegmentor', 'View'
 ]

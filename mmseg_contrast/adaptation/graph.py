@@ -36,6 +36,7 @@ def check(model: UDASegmentor) -> list[str]:
                     f'model.views.{name}.pseudo_label = {policy!r} is not in '
                     f'model.pseudo_labels ({sorted(model.pseudo_labels)}).')
     _check_contrast(model)
+    _check_state(model)
     depths = {name: max((_depth(model, view, ())
                          for view in objective.needs), default=0)
               for name, objective in model.objectives.items()}
@@ -75,6 +76,17 @@ def streams_needed(model: UDASegmentor) -> set[str]:
         else:
             needed.add(view)
     return needed
+
+
+def _check_state(model: UDASegmentor) -> None:
+    """Prototypes that a policy or an objective reads are there."""
+    for group in ('pseudo_labels', 'objectives'):
+        for name, part in getattr(model, group).items():
+            state = getattr(part, 'state', None)
+            if state is not None and state not in model.state:
+                raise ValueError(
+                    f'model.{group}.{name}.state = {state!r} is not in '
+                    f'model.state ({sorted(model.state)}).')
 
 
 def _check_contrast(model: UDASegmentor) -> None:

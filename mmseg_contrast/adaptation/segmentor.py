@@ -381,7 +381,7 @@ def _stored_labels(images: Tensor, samples: list[SegDataSample]
                    ) -> dict[str, Tensor]:
     """Pseudo-labels from files: hard ids, or soft ones that sum to 1."""
     found = {}
-    for field, empty in (('pseudo_label', 0), ('pseudo_probs', 0)):
+    for field, empty in (('pseudo_label', 255), ('pseudo_probs', 0)):
         if all(field in one for one in samples):
             # mmseg pads images alone, to the right and below.
             found[field] = torch.stack([F.pad(

@@ -87,7 +87,6 @@ class Bank(nn.Module):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
     def centres(self) -> tuple[Tensor, Tensor]:
         """The mean vector of each class, as it is stored.
 
@@ -272,7 +271,6 @@ class Bank(nn.Module):
             state_dict[name] = self.age
         super()._load_from_state_dict(state_dict, prefix, *args)
         if without_age:
-            del state_dict[name]
             self.age.copy_(self.centres()[1].long() - 1)
 
 

@@ -119,7 +119,7 @@ class Sampler(nn.Module):
                              f'[0, {top:g}], got {value}')
 
     def logits_of(self, labels: Tensor, logits: Tensor | None) -> Tensor:
-        """The logits, without their gradients.
+        """The logits, which must be there and fit the labels.
 
         Args:
             labels (Tensor): ``(B, h, w)``.
@@ -135,7 +135,7 @@ class Sampler(nn.Module):
             raise ValueError(
                 f'{type(self).__name__} needs logits of the labels\' size, '
                 f'{tuple(labels.shape)}, got {tuple(logits.shape)}')
-        return logits.detach()
+        return logits
 
 
 @MODELS.register_module()

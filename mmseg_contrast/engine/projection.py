@@ -96,7 +96,7 @@ def tsne(points: Array,
             the paper).
         exaggerated (int): Steps with it.
         learning_rate (float, optional): None is ``N / exaggeration``, at
-            least 50 (Belkina et al., 2019).
+            least 10 (Belkina et al., 2019).
 
     Returns:
         Array: float64, ``(N, 2)``, with mean 0.
@@ -116,7 +116,7 @@ def tsne(points: Array,
         squared_distances(points), min(perplexity, (number - 1) / 3))
     plane = pca(points).project(points)
     plane *= 1e-4 / max(plane[:, 0].std(), _TINY)
-    rate = learning_rate or max(number / exaggeration, 50.)
+    rate = learning_rate or max(number / exaggeration, 10.)
     velocity = np.zeros_like(plane)
     gains = np.ones_like(plane)
     for step in range(iterations):

@@ -2,25 +2,18 @@
 # for each class. The published loss also scales each row of variances to
 # length 1, by which these lose their size; here they are those of the scaled
 # keys.
+contrast_head = dict(
+    type='ContrastHead',
+    channels=2048,
+    projection=dict(layers=0),
+    normalize='anchors',
+    bank=dict(type='GaussianBank', clock='cumulative', normalize='mean'),
+    own='energy',
+    tau=100.,
+    loss_weight=1.)
 contrast = dict(
-    head=dict(
-        type='ContrastHead',
-        channels=2048,
-        projection=dict(layers=0),
-        normalize='anchors',
-        bank=dict(type='GaussianBank', clock='cumulative', normalize='mean'),
-        own='energy',
-        tau=100.,
-        loss_weight=1.),
-    logits_head=dict(
-        type='ContrastHead',
-        features='logits',
-        projection=dict(layers=0),
-        normalize='anchors',
-        bank=dict(type='GaussianBank', clock='cumulative', normalize='mean'),
-        own='energy',
-        tau=100.,
-        loss_weight=1.),
+    head=contrast_head,
+    logits_head=dict(contrast_head, features='logits'),
     objective=dict(
         type='Contrast',
         anchors=('source', 'target'),

@@ -78,9 +78,11 @@ class Predictor:
         Raises:
             ValueError: If the decode head has no map of logits.
         """
-        seen = (step.student(self.view) if self.teacher == STUDENT else
-                step.teacher_pass(self.teacher, self.view))
-        logits = seen.logits
+        # The pass is kept: who asks for it later wants its gradients.
+        with torch.enable_grad():
+            seen = (step.student(self.view) if self.teacher == STUDENT else
+                    step.teacher_pass(self.teacher, self.view))
+            logits = seen.logits
         if logits is None:
             raise ValueError(
                 'model.segmentor.decode_head gives no map of logits, which a '

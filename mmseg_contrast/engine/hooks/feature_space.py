@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,7 +243,6 @@ class FeatureSpaceHook(Hook):
         self.method = method
         self.out_dir = out_dir
         self.first = first
-        self._data: dict | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Find the head before training starts.
@@ -263,17 +261,13 @@ class FeatureSpaceHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int,
                           data_batch: dict | None = None) -> None:
-        """Ask for the step of this iteration, or keep its batch."""
+        """Ask for the step of this iteration, where there are steps."""
         model = unwrapped(runner.model)
-        steps = hasattr(model, 'keep_step')
-        if steps:
-            model.last_step = None
-        if not self._due(runner):
+        if not hasattr(model, 'keep_step'):
             return
-        if steps:
+        model.last_step = None
+        if self._due(runner):
             model.keep_step = True
-        else:  # preprocessing changes its samples
-            self._data = copy.deepcopy(data_batch)
 
     @torch.no_grad()
     def after_train_iter(self, runner: Runner, batch_idx: int,
@@ -286,7 +280,6 @@ class FeatureSpaceHook(Hook):
             model.keep_step = False
         if not self._due(runner):
             return
-        data, self._data = self._data, None
         if steps:
             step = model.last_step
             batches = [] if step is None else [
@@ -294,7 +287,7 @@ class FeatureSpaceHook(Hook):
                 if view in step.views]
         else:
             with untouched(model, _NAME):
-                batches = [plain_batch(model, data)]
+                batches = [plain_batch(model, data_batch)]
         if not batches:
             return
         name, head = find_head(model, self.head, _NAME)
@@ -331,12 +324,12 @@ def step_batch(step: Step, name: str) -> Batch:
     return Batch(name, view.images, valid=view.valid)
 
 
-def plain_batch(model: nn.Module, data: Mapping | None) -> Batch:
+def plain_batch(model: nn.Module, data: dict | None) -> Batch:
     """A batch of a segmentor without views.
 
     Args:
         model (nn.Module): The model.
-        data (Mapping): As the loader gave it; it is changed.
+        data (dict): As the loader gave it.
     """
     assert data is not None
     done = model.data_preprocessor(data, True)
