@@ -68,6 +68,8 @@ def smaller(cfg):
             part.update(pixels=50, segments=50)
         elif kind == 'SegmentQueue':
             part['length'] = 10
+        elif kind == 'Contrast':  # a net not yet trained has nothing right
+            part['correct_only'] = ()
     return cfg
 
 
@@ -118,6 +120,7 @@ def check_contrast(model, step, names):
 @pytest.mark.parametrize('path', SHIPPED, ids=NAMES)
 def test_a_shipped_config_builds_and_takes_a_step(path):
     cfg = smaller(Config.fromfile(path))
+    torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     for hook in cfg.custom_hooks:
         build_from_cfg(hook, HOOKS)
@@ -145,7 +148,7 @@ def test_a_shipped_config_builds_and_takes_a_step(path):
     assert model.num_classes == cfg.pair.num_classes
     batch = batch_for(cfg, model.num_classes)
     model.train()
-    check_losses(model(*batch, mode='loss'), len(streams))
+    check_losses(model(*batch, mode='loss'), len(model.objectives))
     check_contrast(model, lambda: model(*batch, mode='loss'), 'contrast')
 
 
@@ -366,3 +369,216 @@ def test_published_image_sizes(pair, sizes):
               if step.type == 'Resize']
     assert [(step.scale, step.keep_ratio) for step in tested] == [
         (sizes[1], True)]
+
+
+#: Published constants of the contrast heads: temperature, its base, weight,
+#: first iteration, length of an embedding, and those of the bank.
+HEADS = {
+    'spcl/spcl_deeplab*': (
+        100, None, 1, 0, 2048,
+        dict(type='PrototypeBank', clock='ema', new_weight=0.9)),
+    'sdca/sdca_deeplab*': (
+        100, None, 1, 0, 2048, dict(type='GaussianBank', clock='cumulative')),
+    'proca/proca_*': (
+        50, None, 1, 0, 2048,
+        dict(type='PrototypeBank', clock='cumulative', normalize=True)),
+    'sepico/sepico-proto_*gta*': (
+        100, None, 1, 3000, 512,
+        dict(type='PrototypeBank', clock='cumulative')),
+    'sepico/sepico-dist_daformer*gta*': (
+        100, None, 1, 3000, 512,
+        dict(type='GaussianBank', clock='cumulative')),
+    'sepico/sepico-dist_deeplab*': (
+        100, None, 1, 3000, 512,
+        dict(type='GaussianBank', clock='cumulative')),
+    'sepico/sepico-bank_*gta*': (
+        100, None, 1, 3000, 512,
+        dict(type='SegmentQueue', length=200, segment='batch',
+             normalize=False, energy='mean')),
+    'contrastive_seg/contrastive-seg_*': (
+        0.1, 0.07, 0.1, 5000, 256, dict(type='BatchBank')),
+    'contrastive_seg/contrastive-seg-memory_*': (
+        0.07, 0.07, 1, 5000, 256,
+        dict(type='MemoryBank', pixels=5000, segments=5000, number=10)),
+    'mochi/*': (
+        0.07, 0.07, 1, 5000, 256,
+        dict(type='MemoryBank', pixels=5000, segments=5000, number=10)),
+    'pipa/*': (0.1, 0.07, 0.1, 0, 256, dict(type='BatchBank')),
+    'protoseg/*': (
+        0.1, None, 0.01, 0, 256,
+        dict(type='PrototypeBank', prototypes=10, new_weight=0.001,
+             assign='transport', compare='prototype', iterations=3,
+             epsilon=0.05, distance_weight=0.1)),
+    'label_efficient/*-within_*': (
+        0.07, None, 1, 0, 256, dict(type='BatchBank', scope='image')),
+    'label_efficient/*-cross_*': (
+        0.07, None, 1, 0, 256,
+        dict(type='BatchBank', scope='positives_across_images')),
+    'local_contrast/local-contrast_*': (
+        0.07, None, 1, 0, 64, dict(type='BatchBank', skip_classes=[0])),
+    'local_contrast/local-contrast-blocked_*': (
+        0.07, None, 1, 0, 64,
+        dict(type='BatchBank', skip_classes=[0], scope='block',
+             block_size=32)),
+    'rekd/*': (
+        0.1, None, 0.1, 0, 256, dict(type='BatchBank', rule='teacher_topk'))}
+
+
+def contrast_parts(pattern):
+    """The contrast heads of the one config of that name."""
+    path, = (ROOT / 'configs').glob(f'{pattern}.py')
+    cfg = Config.fromfile(path)
+    found = [part for part in every(cfg.model)
+             if part.get('type') == 'ContrastHead']
+    assert found
+    return cfg, found
+
+
+@pytest.mark.parametrize('pattern', HEADS)
+def test_published_constants_of_contrast(pattern):
+    tau, base_tau, weight, start, channels, bank = HEADS[pattern]
+    _, heads = contrast_parts(pattern)
+    levels = [head.get('features') for head in heads]
+    assert levels == ([None, 'logits'] if pattern[:5] in (
+        'sdca/', 'proca') else levels[:1])
+    for head in heads:
+        assert head.tau == tau
+        assert head.get('base_tau') == base_tau
+        assert head.get('loss_weight') == weight
+        assert head.get('start', 0) == start
+        assert head.channels == (
+            19 if head.get('features') == 'logits' else channels)
+        stated = head.bank.to_dict()
+        stated.update({key: list(value) for key, value in stated.items()
+                       if isinstance(value, tuple)})
+        assert {key: stated.get(key) for key in bank} == bank
+
+
+def test_which_pixels_are_contrasted():
+    _, (head, ) = contrast_parts('contrastive_seg/contrastive-seg_*')
+    assert head.sampler == dict(
+        type='HardEasy', max_samples=1024, max_views=100)
+    _, (head, ) = contrast_parts('contrastive_seg/contrastive-seg-memory_*')
+    assert head.sampler.max_views == 1
+    cfg, (head, ) = contrast_parts('pipa/*')
+    assert head.sampler == dict(
+        type='HardEasy', max_samples=1024, max_views=100)
+    assert tuple(cfg.model.objectives.contrast.anchors) == ('source', )
+    cfg, (head, ) = contrast_parts('spcl/spcl_deeplab*')
+    assert cfg.model.pseudo_labels.target.type == 'StoredPseudoLabels'
+    assert tuple(cfg.model.objectives.contrast.correct_only) == ('source', )
+    for method in ('sdca/sdca_deeplab*', 'proca/proca_*'):
+        cfg, _ = contrast_parts(method)
+        assert cfg.model.pseudo_labels.target == dict(
+            type='ConfidentPixels', teacher='student', threshold=0.9)
+        losses = cfg.model.segmentor.decode_head.loss_decode
+        assert [one.loss_weight for one in losses] == [1.0, 0.75]
+    assert tuple(cfg.model.objectives.contrast.bank) == ('target', 'source')
+    _, (head, ) = contrast_parts('mochi/*')
+    assert head.mixing == dict(
+        type='HardNegativeMixing', hardest=32, mixes=16, query_mixes=16,
+        max_query_share=0.5)
+    cfg, (head, ) = contrast_parts('rekd/*')
+    assert head.reduce_positives == 'lse' and head.own == 'positive'
+
+
+@pytest.mark.parametrize(('pattern', 'hidden'), [
+    ('sepico/sepico-dist_daformer*gta*', 256),
+    ('sepico/sepico-bank_*', 256), ('sepico/sepico-dist_deeplab*', None)])
+def test_sepicos_views_and_projection(pattern, hidden):
+    cfg, (head, ) = contrast_parts(pattern)
+    assert head.projection.get('hidden_channels') == hidden
+    assert head.projection.last_act and head.projection.layers == 2
+    assert (head.label_rule, head.min_ratio) == ('ratio', 0.75)
+    assert not head.get('regularizer')
+    model = cfg.model
+    assert model.teachers.ema.alpha == 0.999
+    crop = model.views.target_crop
+    assert (crop.type, crop.size, crop.max_ratio) == (
+        'BalancedCrop', (640, 640), 0.75)
+    contrast = model.objectives.contrast
+    assert tuple(contrast.anchors) == ('source_strong', 'target_strong')
+    assert (tuple(contrast.bank), contrast.bank_from) == (
+        ('source', ), 'teacher')
+    streams = cfg.train_dataloader.dataset.streams
+    sizes = {name: [step.get('scale') or step.get('crop_size')
+                    for step in one.dataset.pipeline
+                    if step.type in ('Resize', 'RandomCrop')]
+             for name, one in streams.items()}
+    assert sizes == dict(source=[(1280, 720), (640, 640)],
+                         target=[(1280, 640)])
+    margins = streams.target.dataset.pipeline[1]
+    assert margins == dict(
+        type='MarkValidRegion', top=15 / 640, bottom=120 / 640)
+    assert streams.source.rare_class.temperature == 0.01
+    assert cfg.model.segmentor.data_preprocessor.size == (640, 640)
+    assert cfg.data_preprocessor.size == (640, 640)
+    assert cfg.optim_wrapper.optimizer.lr == 6e-5
+
+
+SEPICO = 'mit-b5_1xb2-40k_gta2cityscapes-640x640.py'
+
+
+def test_variants_of_sepico_change_one_thing():
+    folder = ROOT / 'configs' / 'sepico'
+    main = flat(Config.fromfile(
+        folder / f'sepico-dist_daformer_{SEPICO}').to_dict())
+    for variant, settings in (
+            ('tau01', {'tau': 0.1}),
+            ('128d', {'channels': 128, 'projection.hidden_channels': 128})):
+        other = flat(Config.fromfile(
+            folder / f'sepico-dist-{variant}_daformer_{SEPICO}').to_dict())
+        head = 'model.segmentor.auxiliary_head.'
+        assert {key: value for key, value in other.items()
+                if main.get(key, '-') != value} == {
+                    head + key: value for key, value in settings.items()}
+        assert set(main) == set(other)
+
+
+
+@pytest.mark.parametrize('method', ['spcl', 'sdca'])
+def test_three_stages_follow_each_other(method):
+    folder = ROOT / 'configs' / method
+    stages = [next(folder.glob(f'{name}_*.py')) for name in (
+        f'{method}-stage1', method, f'{method}-stage3')]
+    cfgs = [Config.fromfile(path) for path in stages]
+    assert [tuple(cfg.train_dataloader.dataset.streams) for cfg in cfgs] == [
+        ('source', ), ('source', 'target'), ('target', )]
+    ends = {'spcl': (40000, 40000, 20000), 'sdca': (20000, 40000, 20000)}
+    assert tuple(cfg.train_cfg.max_iters for cfg in cfgs) == ends[method]
+    for cfg in cfgs:
+        short = cfg.train_cfg.max_iters == 20000
+        assert cfg.optim_wrapper.optimizer.lr == (5e-4 if short else 2.5e-4)
+        assert cfg.param_scheduler[0].end == (31250 if short else 62500)
+    for cfg, before, last in zip(
+            cfgs[1:], stages, ends[method], strict=False):
+        assert cfg.load_from == f'work_dirs/{before.stem}/iter_{last}.pth'
+    norms = [cfg.model.segmentor.backbone.norm_cfg.requires_grad
+             for cfg in cfgs]
+    assert norms == [False, False, True]
+
+
+def test_load_from_names_a_stage_that_is_shipped():
+    stages = {path.stem: path for path in SHIPPED}
+    named = [path for path in SHIPPED if 'load_from' in path.read_text()]
+    assert len(named) == 7
+    for path in named:
+        folder, file = Path(Config.fromfile(path).load_from).parts[-2:]
+        assert folder in stages, path
+        last = Config.fromfile(stages[folder]).train_cfg.max_iters
+        assert file == f'iter_{last}.pth', path
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+@pytest.mark.parametrize('method', [
+    'spcl', 'sdca', 'sepico-proto', 'sepico-dist', 'sepico-bank',
+    'contrastive-seg-memory'])
+def test_benchmarks_of_contrast_are_dacs_and_a_head(pair, method):
+    folder = ROOT / 'configs' / 'benchmarks' / pair
+    dacs = flat(Config.fromfile(folder / 'dacs.py').to_dict())
+    other = flat(Config.fromfile(folder / f'{method}.py').to_dict())
+    new = {key for key in other if dacs.get(key, '-') != other[key]}
+    assert set(dacs) <= set(other)
+    assert all(key.startswith((
+        'contrast', 'model.segmentor.auxiliary_head',
+        'model.objectives.contrast')) for key in new), new

@@ -1,4 +1,4 @@
-"""ContrastHead by itself: projection, labels, schedule, supervised training."""
+"""ContrastHead by itself: projection, labels, schedule, supervision."""
 
 import copy
 
@@ -283,15 +283,10 @@ def test_the_regularizer_joins_the_loss():
     for weight in (0., 1.):
         model = segmentor(regularizer=weight)
         values.append(supervised(model, data)['aux.loss_contrast'])
-        head = model.auxiliary_head
-        head.keep_anchors = True
-        before = copy.deepcopy(head.bank)
-        del before
-    head.clock.reset()
     model = segmentor(regularizer=1.)
     model.auxiliary_head.keep_anchors = True
     supervised(model, data)
-    last = model.auxiliary_head.last
+    (last, ) = model.auxiliary_head.last
     mean, present = model.auxiliary_head.bank.centres()
     want = ops.contrast_regularizer(
         last['anchors'], last['labels'], mean, 0.5, present)

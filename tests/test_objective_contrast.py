@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
+from test_models_contrast_head import head_config
 
 from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
-from test_models_contrast_head import head_config
 
 
 def student(heads=None, dropout=0.0, **changes):
@@ -146,7 +146,7 @@ def test_pixels_without_confidence_are_ignored():
     run(model, data)
     confidence = model.last_step.pseudo_label('target').confidence[
         :, ::4, ::4].flatten()
-    labels = head.last['labels']
+    labels = head.last[-1]['labels']
     assert 0 < (confidence < 0.26).sum() < len(labels)
     assert torch.equal(labels == 255, confidence < 0.26)
     # No pixel is: a loss of 0, with a graph.
@@ -170,7 +170,7 @@ def test_margins_are_ignored_whatever_the_share_of_confident_pixels():
         one.valid_region = PixelData(data=valid)
     run(model, data)
     assert model.last_step.pseudo_label('target').weights.sum() == 0
-    labels = head.last['labels'].view(2, 8, 8)
+    labels = head.last[-1]['labels'].view(2, 8, 8)
     assert (labels[:, :2] == 255).all() and (labels[:, 2:] < CLASSES).all()
 
 
@@ -225,7 +225,7 @@ def test_shuffled_labels_are_the_same_at_other_places():
     head = model.segmentor.auxiliary_head
     head.keep_anchors = True
     run(model, batch())
-    found = head.last['labels']
+    found = head.last[-1]['labels']
     want = model.last_step.view('source').labels[:, ::4, ::4].flatten()
     assert torch.equal(found.sort()[0], want.sort()[0])
     assert not torch.equal(found, want)

@@ -11,5 +11,5 @@ model = dict(
             in_channels=64, bank=dict(
                 type='BatchBank', scope='block', block_size=32,
                 skip_classes=(0, ), chunk_size=1024),
-            sampler=dict(type='PerClassRandom', number=512, scope='image'))),
+            sampler=dict(type='PerClassRandom', number=256, scope='image'))),
     objectives=dict(_delete_=True, contrast=_base_.contrast.objective))

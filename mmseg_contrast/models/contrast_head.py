@@ -118,7 +118,7 @@ class ContrastHead(BaseModule):
                  detach: bool = False,
                  projection: dict | None = None,
                  normalize: str = 'all',
-                 sampler: dict = dict(type='AllPixels'),
+                 sampler: dict = dict(type='AllPixels'),  # noqa: B006
                  label_rule: str = 'nearest',
                  min_ratio: float = 0.75,
                  correct_only: bool = False,
@@ -146,24 +146,23 @@ class ContrastHead(BaseModule):
                            ('loss_weight', loss_weight)):
             if value < 0:
                 raise ValueError(f'{name}.{key} = {value} must be >= 0')
-        for key, value in (('tau', tau), ('base_tau', base_tau)):
-            if value is not None and not value > 0:
-                raise ValueError(f'{name}.{key} = {value} must be above 0')
-        several = input_transform is not None
-        if several:
+        for key, heat in (('tau', tau), ('base_tau', base_tau)):
+            if heat is not None and not heat > 0:
+                raise ValueError(f'{name}.{key} = {heat} must be above 0')
+        if input_transform is not None:
             check_choice(f'{name}.input_transform', input_transform,
                          ('resize_concat', ))
-        if several != isinstance(in_channels, Sequence) or (
-                several != isinstance(in_index, Sequence)) or (
-                several and len(in_channels) != len(in_index)):
+        lists = [isinstance(one, Sequence) for one in (in_channels, in_index)]
+        widths = _tuple(in_channels)
+        self.in_index = _tuple(in_index)
+        if lists != [input_transform is not None] * 2 or (
+                len(widths) != len(self.in_index)):
             raise ValueError(
                 f'{name}.in_channels and in_index must be lists of the same '
                 "length with input_transform = 'resize_concat', and numbers "
                 f'without, got {in_channels} and {in_index}')
         self.num_classes = num_classes
         self.channels = channels
-        self.in_index = in_index
-        self.input_transform = input_transform
         self.features = features
         self.detach = detach
         self.normalize = normalize
@@ -181,12 +180,11 @@ class ContrastHead(BaseModule):
         self.update = update
         self.align_corners = align_corners
         self.ignore_index = ignore_index
-        wide = sum(in_channels) if several else in_channels
         # Draws of its own: another head's weights are the same without it.
         with torch.random.fork_rng(devices=[]):
             self.projection = MODELS.build(dict(
                 dict(type='Projection'), **(projection or {}),
-                in_channels=wide, channels=channels))
+                in_channels=sum(widths), channels=channels))
             self.bank = MODELS.build(dict(
                 bank, num_classes=num_classes, channels=channels,
                 ignore_index=ignore_index))
@@ -194,7 +192,7 @@ class ContrastHead(BaseModule):
         self.mixing = None if mixing is None else MODELS.build(mixing)
         self.clock = Clock()
         self.keep_anchors = False
-        self.last: dict[str, Tensor] | None = None
+        self.last: list[dict[str, Tensor]] | None = None
 
     def init_weights(self) -> None:
         """As any module, with draws of its own."""
@@ -232,15 +230,12 @@ class ContrastHead(BaseModule):
         """
         if self.features != 'backbone':
             (chosen, ) = features
-        elif self.input_transform is None:
-            chosen = features[self.in_index]
         else:
-            maps = [features[i] for i in self.in_index]
-            size = maps[0].shape[2:]
-            chosen = torch.cat([maps[0], *(
-                F.interpolate(one, size, mode='bilinear',
+            first, *others = (features[i] for i in self.in_index)
+            chosen = torch.cat([first, *(
+                F.interpolate(one, first.shape[2:], mode='bilinear',
                               align_corners=self.align_corners)
-                for one in maps[1:])], 1)
+                for one in others)], 1) if others else first
         embeddings = self.projection(
             chosen.detach() if self.detach else chosen)
         return _unit(embeddings) if self.normalize == 'all' else embeddings
@@ -332,8 +327,8 @@ class ContrastHead(BaseModule):
                 vectors, chosen.labels, mean, self.tau, present,
                 self.ignore_index)
         if self.keep_anchors:
-            self.last = dict(
-                anchors=vectors.detach(), labels=chosen.labels)
+            self.last = [*(self.last or ()), dict(
+                anchors=vectors.detach(), labels=chosen.labels)]
         return loss
 
     def _keys(self, keys: Pixels, tile: int | None) -> dict[str, Tensor]:
@@ -407,6 +402,7 @@ class ContrastHead(BaseModule):
             int(seed), get_rank(), iteration, 'ContrastHead', self.features)
         pixels = self.pixels(self.project(features), labels, logits,
                              self.correct_only)
+        self.last = None
         if self.update == 'before':
             self.update_bank(pixels, generator)
         if iteration < self.start:
@@ -418,6 +414,10 @@ class ContrastHead(BaseModule):
             self.update_bank(pixels, generator)
         self.clock.tick()
         return dict(loss_contrast=value)
+
+
+def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value, )
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Projection(BaseModule):
                  layers: int = 2,
                  hidden_channels: int | None = None,
                  kernel_size: int = 1,
-                 norm_cfg: dict | None = dict(type='BN'),
+                 norm_cfg: dict | None = dict(type='BN'),  # noqa: B006
                  last_act: bool = False,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)

@@ -208,7 +208,7 @@ def place_weights(labels: Tensor,
     zeros = torch.zeros_like(number)
     positives = zeros.index_add(
         0, sets[count:], (key_labels >= 0).long())[sets[:count]]
-    counts = ((labels >= 0) & (positives > int(exclude_self))).long()
+    counts = (positives > int(exclude_self)).long()
     here = zeros.index_add(0, number[:count], counts)
     each = here[number[:count]] * (here > 0).sum()
     return counts * counts.sum() / each.clamp_min(1).to(dtype)

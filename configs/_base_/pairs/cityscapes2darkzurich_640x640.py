@@ -1,5 +1,5 @@
-# Cityscapes to DarkZurich with SePiCo's sizes: crops of 640 x 640 of the source, and
-# whole images of the target, of which the model takes crops.
+# Cityscapes to DarkZurich with SePiCo's sizes: crops of 640 x 640 of the
+# source, and whole images of the target, of which the model takes crops.
 _base_ = './cityscapes2darkzurich.py'
 pair_source_pipeline = [
     dict(type='LoadImageFromFile'),

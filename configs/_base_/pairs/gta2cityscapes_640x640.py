@@ -1,5 +1,5 @@
-# GTA5 to Cityscapes with SePiCo's sizes: crops of 640 x 640 of the source, and
-# whole images of the target, of which the model takes crops.
+# GTA5 to Cityscapes with SePiCo's sizes: crops of 640 x 640 of the
+# source, and whole images of the target, of which the model takes crops.
 _base_ = './gta2cityscapes.py'
 pair_source_pipeline = [
     dict(type='LoadImageFromFile'),

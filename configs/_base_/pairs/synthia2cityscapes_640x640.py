@@ -1,5 +1,5 @@
-# SYNTHIA to Cityscapes with SePiCo's sizes: crops of 640 x 640 of the source, and
-# whole images of the target, of which the model takes crops.
+# SYNTHIA to Cityscapes with SePiCo's sizes: crops of 640 x 640 of the
+# source, and whole images of the target, of which the model takes crops.
 _base_ = './synthia2cityscapes.py'
 pair_source_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -148,6 +148,7 @@ class Contrast(nn.Module):
             ValueError: If a view has no labels, or sizes differ.
         """
         head = self.contrast_head
+        head.last = None  # of the iteration before
         if head.update == 'before':
             self._fill(step)
         if step.iteration < head.start:
@@ -207,18 +208,18 @@ class Contrast(nn.Module):
         elif weights is not None:
             labels = labels.where(weights > 0, head.ignore_index)
         correct_only = name in self.correct_only
-        taught = None
-        if who == 'teacher' or self._relates():
-            taught = step.teacher_pass(self.teacher, name)
+        teacher = None
         if who == 'teacher':
-            seen, taught = taught, None
+            seen = step.teacher_pass(self.teacher, name)
         else:
             seen = step.student(name)
+            if self._relates():
+                teacher = step.teacher_pass(self.teacher, name).embed(
+                    self.head)
         asks = correct_only or head.needs_logits and who == 'student'
         return head.pixels(
             seen.embed(self.head), labels, seen.logits if asks else None,
-            correct_only, weights if self.weighted else None,
-            None if taught is None else taught.embed(self.head))
+            correct_only, weights if self.weighted else None, teacher)
 
     def _relates(self) -> bool:
         """Whether the teacher says which pixels are related (ReKD)."""

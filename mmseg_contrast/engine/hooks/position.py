@@ -13,8 +13,8 @@ from mmseg.registry import HOOKS
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ...models.clock import Clock
 from ...datasets import PositionSampler, StreamDataset
+from ...models.clock import Clock
 from ..optimizer import refuse_layer_decay_on_wrapper
 
 
