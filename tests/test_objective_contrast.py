@@ -384,7 +384,7 @@ def test_nothing_asks_for_a_value(head, monkeypatch):
 BANKS = dict(
     prototypes=dict(bank=dict(type='PrototypeBank')),
     memory=dict(bank=dict(type='MemoryBank', pixels=6, segments=6),
-                own='positive'),
+                own='positive', projection=dict(layers=2)),
     late=dict(bank=dict(type='GaussianBank'), start=2))
 
 

@@ -35,10 +35,12 @@ from .contrast import (
 from .labels import IGNORE
 from .pair_relation import PairRule
 
-#: Similarities of a chunk: 32 MiB in float32. The pair form has some ten
-#: tensors of their size, the class form two.
+#: Similarities of a chunk: 32 MiB in float32 where there are two tensors of
+#: their size, 8 MiB where there are some ten. The pair form has three where
+#: its positives are one.
 CLASS_FORM_ELEMENTS = 2**23
 PAIR_FORM_ELEMENTS = 2**21
+SINGLE_POSITIVE_ELEMENTS = 2**22
 
 #: ``form(similarities, rows, anchor_weights, key_weights, extra,
 #: with_gradient)`` gives the sum of the terms, the number of anchors and the
@@ -167,7 +169,8 @@ def pair_contrast_loss(anchors: Tensor,
             Or both are of rank R, ``(N, R)`` and ``(M, R)``, and a weight is
             an inner product, see :mod:`.pair_weights`.
         chunk_size (int, optional): Anchors at a time. None: as many as give
-            about 2 million similarities.
+            about 2 million similarities, or twice that with
+            ``own='energy'``.
         extra (Tensor, optional): ``(N,)``, one more energy of each anchor,
             see :func:`.contrast.contrast_loss`.
 
@@ -185,6 +188,11 @@ def pair_contrast_loss(anchors: Tensor,
             'anchor_weights and key_weights must be vectors, or matrices '
             f'with as many columns, got {columns[0]} and {columns[1]}')
     device = anchors.device
+    # Terms that are linear in the positives, or of their logarithmic sum of
+    # exponentials, need no more than one number for all positives.
+    single = key_weights is None and (
+        own == 'energy' or reduce_positives == 'lse')
+    elements = SINGLE_POSITIVE_ELEMENTS if single else PAIR_FORM_ELEMENTS
 
     def form(similarities: Tensor, rows: slice, weights: Tensor | None,
              key_weights: Tensor | None, extra: Tensor | None,
@@ -198,6 +206,10 @@ def pair_contrast_loss(anchors: Tensor,
             other = number.unsqueeze(1) != torch.arange(
                 len(keys), device=device)
             positive, negative = positive & other, negative & other
+        if single:
+            return _single_positive_(
+                similarities, positive, negative, reduce_positives, weights,
+                extra, with_gradient)
         with torch.set_grad_enabled(with_gradient):
             leaves = _leaves(similarities, weights, key_weights, extra)
             values = leaves[0]
@@ -219,7 +231,7 @@ def pair_contrast_loss(anchors: Tensor,
         return total.detach(), counted.sum(), _gradients(total, leaves)
 
     return _chunked_loss(form, anchors, keys, tau, base_tau, anchor_weights,
-                         key_weights, extra, chunk_size, PAIR_FORM_ELEMENTS)
+                         key_weights, extra, chunk_size, elements)
 
 
 def _pair_weights(weights: Tensor | None, key_weights: Tensor | None
@@ -230,6 +242,58 @@ def _pair_weights(weights: Tensor | None, key_weights: Tensor | None
     if weights is None or weights.dim() == 1:
         return weights, key_weights.unsqueeze(0)
     return None, weights @ key_weights.T
+
+
+def _single_positive_(similarities: Tensor, positive: Tensor,
+                      negative: Tensor, reduce_positives: str,
+                      weights: Tensor | None, extra: Tensor | None,
+                      with_gradient: bool
+                      ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The pair form with own = 'energy' and without weights of keys.
+
+    Autograd sees three numbers of each anchor. There is one more tensor of
+    the similarities' size, and these are overwritten.
+    """
+    part = torch.empty_like(similarities)
+
+    def only(mask: Tensor, other: float) -> Tensor:
+        return torch.where(
+            mask, similarities, similarities.new_full((), other), out=part)
+
+    # Not a sum of booleans, which would become int64 first.
+    count = part.copy_(positive).sum(1, keepdim=True).clamp_min(1)
+    mean = only(positive, 0.).sum(1, keepdim=True) / count
+    floor = torch.finfo(part.dtype).min / 2
+    top_near, top_apart = (
+        only(mask, ABSENT).amax(1, keepdim=True).clamp_min(floor)
+        for mask in (positive, negative))
+    # Each pair is in one sum at most, so it needs one exponential.
+    similarities.sub_(torch.where(
+        positive, top_near, top_apart, out=part)).exp_()
+    near = only(positive, 0.).sum(1, keepdim=True)
+    apart = only(negative, 0.).sum(1, keepdim=True)
+    with torch.set_grad_enabled(with_gradient):
+        leaves = _leaves(top_near + near.log(), top_apart + apart.log(),
+                         mean, weights, extra)
+        mine, others, mean = leaves[:3]
+        one = mine if reduce_positives == 'lse' else mean
+        assert one is not None
+        each, counted = contrast_terms(
+            torch.cat([mine, others], 1), one.masked_fill(near == 0, ABSENT),
+            torch.zeros(len(part), dtype=torch.int64, device=part.device),
+            'energy', 'mean', leaves[3], None, IGNORE, leaves[4])
+        total = each.sum()
+    if not with_gradient:
+        return total, counted.sum(), []
+    of_near, of_apart, of_mean, *of_others = _gradients(total, leaves)
+    tiny = torch.finfo(part.dtype).tiny
+    part.mul_(of_apart / apart.clamp_min(tiny))
+    similarities.mul_(of_near / near.clamp_min(tiny))
+    if of_mean is not None:
+        similarities.add_(of_mean / count)
+    slopes = torch.where(positive, similarities, part, out=part)
+    return total.detach(), counted.sum(), [
+        slopes, of_others[0], None, of_others[1]]
 
 
 def _reduce_keys_(entries: Tensor, filled: Tensor, energy: str) -> Tensor:
@@ -310,13 +374,16 @@ class _ChunkedLoss(torch.autograd.Function):
             for one, need in zip(inputs, needs, strict=True)]
         total = anchors.new_zeros(())
         number = torch.zeros((), dtype=torch.int64, device=anchors.device)
+        # One for all chunks: new memory is not free.
+        space = anchors.new_empty(min(chunk_size, len(anchors)), len(keys))
         for start in range(0, len(anchors), chunk_size):
             rows = slice(start, start + chunk_size)
             mine = anchors[rows]
             weights, more = (None if one is None else one[rows]
                              for one in (anchor_weights, extra))
             part, counted, slopes = form(
-                mine @ keys.T, rows, weights, key_weights, more, any(needs))
+                torch.mm(mine, keys.T, out=space[:len(mine)]), rows,
+                weights, key_weights, more, any(needs))
             total += part
             number += counted
             if not any(needs):

@@ -12,8 +12,4 @@ contrast = dict(
         tau=0.1,
         loss_weight=0.1),
     objective=dict(
-        type='Contrast',
-        anchors=('source', 'target'),
-        bank=(),
-        teacher='ema',
-        pseudo_labels=dict(target='target')))
+        type='Contrast', anchors=('source', ), bank=(), teacher='ema'))
