@@ -15,6 +15,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
 from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
@@ -186,6 +187,42 @@ def test_train_resume_and_test(config, run, tmp_path):
     assert used.model.module.type == 'EncoderDecoder'
     assert used.test_dataloader.dataset.pipeline[1].type == 'TestTimeAug'
     assert 0 < results_of(tmp_path / 'tta')['mIoU'] <= 100
+
+
+@pytest.mark.parametrize('kind', ['EncoderDecoder', 'UDASegmentor'])
+def test_windows_in_batches(server, config, run, tmp_path, kind,
+                            monkeypatch):
+    where = 'model.test_cfg'
+    if kind == 'UDASegmentor':
+        where = 'model.segmentor.test_cfg'
+        config.write_text(config.read_text() + """
+model = dict(
+    type='UDASegmentor',
+    segmentor=model,
+    objectives=dict(source=dict(type='Segmentation', view='source')))
+""")
+    passes = []
+    stock = EncoderDecoder.encode_decode
+    monkeypatch.setattr(
+        EncoderDecoder, 'encode_decode', lambda self, inputs, metas: (
+            passes.append(tuple(inputs.shape[::2])),
+            stock(self, inputs, metas))[1])
+    results = {}
+    for batched, tta in ((None, False), (4, False), (4, True), (None, True)):
+        passes.clear()
+        work_dir = tmp_path / f'{batched}{tta}'
+        run('test.py', config, tmp_path / 'net.pth', '--work-dir', work_dir,
+            '--cfg-options', f'{where}.mode=slide',
+            f'{where}.crop_size=8,8', f'{where}.stride=4,4',
+            f'{where}.batched={batched}', *(['--tta'] if tta else []))
+        results[batched, tta] = results_of(work_dir)['mIoU']
+        # 9 windows in each of 4 images; the smallest of 5 scales has 1
+        if not tta:
+            assert passes == [(3, 8)] * 12 if batched else [(1, 8)] * 36
+        else:
+            assert max(passes) == ((4, 8) if batched else (1, 8))
+    assert results[4, False] == results[None, False]
+    assert results[4, True] == results[None, True]
 
 
 SERVER = '''

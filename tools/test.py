@@ -21,6 +21,7 @@ from mmengine.runner import Runner  # noqa: E402
 from mmseg.registry import METRICS, RUNNERS, TRANSFORMS  # noqa: E402
 
 from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
+from mmseg_contrast.models import batched_slide  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -243,7 +244,8 @@ def main() -> None:
 
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(
         cfg)
-    runner.test()
+    with batched_slide(runner.model):
+        runner.test()
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..models import Clock, DomainDataPreprocessor
+from ..models import Clock, DomainDataPreprocessor, batched_slide
 from ..ops import normalized
 from . import graph
 from .state_dict import RESERVED_ROOTS, transparent_state_dict
@@ -252,19 +252,27 @@ class UDASegmentor(BaseSegmentor):
             ``teacher_`` forms of them if both were asked for.
         """
         if self.predict_with == 'student':
-            return self.segmentor.predict(inputs, data_samples)
+            return _predict(self.segmentor, inputs, data_samples)
         teacher = next(iter(self.teachers.values())).model
-        taught = teacher.predict(inputs, data_samples)
+        taught = _predict(teacher, inputs, data_samples)
         if self.predict_with == 'teacher':
             return taught
         kept = [(one.pred_sem_seg.data, one.seg_logits.data)
                 for one in taught]
-        results = self.segmentor.predict(inputs, data_samples)
+        results = _predict(self.segmentor, inputs, data_samples)
         for result, (labels, logits) in zip(results, kept, strict=True):
             result.set_data(dict(
                 teacher_pred_sem_seg=PixelData(data=labels),
                 teacher_seg_logits=PixelData(data=logits)))
         return results
+
+
+def _predict(segmentor: nn.Module, inputs: Tensor,
+             data_samples: list[SegDataSample] | None
+             ) -> list[SegDataSample]:
+    """Its own ``predict``, with as many windows at a time as asked for."""
+    with batched_slide(segmentor):
+        return segmentor.predict(inputs, data_samples)
 
 
 def _refuse_misplaced(**stock: Any) -> None:

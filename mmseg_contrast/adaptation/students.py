@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from torch import Tensor, nn
 
-from ..models import ContrastHead
+from ..models import ContrastHead, windows_per_pass
 from ..models.classifier_input import Seen, classifier_input
 from ..ops import forked_rng
 from .heads import Target, adapt_head
@@ -57,7 +57,8 @@ def check_segmentor(segmentor: nn.Module) -> None:
         segmentor (nn.Module): Any model.
 
     Raises:
-        ValueError: If it isn't an EncoderDecoder, or trains in its own way.
+        ValueError: If it isn't an EncoderDecoder, trains in its own way, or
+            its ``test_cfg.batched`` is wrong.
     """
     name = type(segmentor).__name__
     if not isinstance(segmentor, EncoderDecoder):
@@ -76,6 +77,8 @@ def check_segmentor(segmentor: nn.Module) -> None:
         cfg = getattr(segmentor, key)
         if isinstance(cfg, dict) and not isinstance(cfg, ConfigDict):
             setattr(segmentor, key, ConfigDict(cfg))
+    # Now, not at the first validation.
+    windows_per_pass(segmentor.test_cfg, 'model.segmentor.test_cfg')
 
 
 class StudentAdapter:

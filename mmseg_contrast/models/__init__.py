@@ -9,11 +9,13 @@ from .dlv2_head import DLV2Head
 from .fusion import ASPPFusion, ConvFusion, ISAFusion
 from .mit import ReferenceMixVisionTransformer
 from .projection import Projection
+from .slide import BatchedSlide, batched_slide, windows_per_pass
 from .tta import UDATTAModel
 
 __all__ = [
-    'ASPPFusion', 'Clock', 'ContrastEncoderDecoder', 'ContrastHead',
-    'ConvFusion', 'DAFormerHead', 'DLV2Head', 'DomainDataPreprocessor',
-    'ISAFusion', 'Pixels', 'Projection', 'ReferenceMixVisionTransformer',
-    'UDATTAModel'
+    'ASPPFusion', 'BatchedSlide', 'Clock', 'ContrastEncoderDecoder',
+    'ContrastHead', 'ConvFusion', 'DAFormerHead', 'DLV2Head',
+    'DomainDataPreprocessor', 'ISAFusion', 'Pixels', 'Projection',
+    'ReferenceMixVisionTransformer', 'UDATTAModel', 'batched_slide',
+    'windows_per_pass'
 ]

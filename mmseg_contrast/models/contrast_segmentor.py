@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .classifier_input import classifier_input
 from .contrast_head import ContrastHead
+from .slide import BatchedSlide
 
 
 @MODELS.register_module()
-class ContrastEncoderDecoder(EncoderDecoder):
+class ContrastEncoderDecoder(BatchedSlide, EncoderDecoder):
     """An EncoderDecoder whose contrast heads also see the decode head.
 
     Any stock config becomes one by ``model.type = 'ContrastEncoderDecoder'``;

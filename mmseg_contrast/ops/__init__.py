@@ -85,6 +85,7 @@ from .sampling import (
     top_scored_members,
     unreliable_class_members,
 )
+from .sliding import slide_windows
 from .transport import class_sinkhorn
 
 __all__ = [
@@ -109,7 +110,7 @@ __all__ = [
     'rank_in_groups', 'reco_loss', 'rectified', 'reference_blur_radius',
     'same_label', 'same_label_across_images', 'same_pair',
     'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
-    'slide_boxes', 'symmetric_cross_entropy', 'teacher_topk',
+    'slide_boxes', 'slide_windows', 'symmetric_cross_entropy', 'teacher_topk',
     'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
     'uniform_divergence', 'unreliable_class_members', 'within',
     'without_classes'

@@ -75,6 +75,36 @@ def fuse_detail(context: Tensor,
     return up((1 - attention) * context) + up(attention) * detail
 
 
+def add_windows(total: Tensor, windows: Tensor,
+                boxes: Sequence[Box]) -> None:
+    """Add windows to a canvas, in place.
+
+    Args:
+        total (Tensor): The canvas, ``(N, C, H, W)``.
+        windows (Tensor): ``(K, N, C, h, w)``, one for each box.
+        boxes (Sequence[Box]): K boxes of h x w inside H x W.
+    """
+    for window, box in zip(windows, boxes, strict=True):
+        crop_to_box(total, box).add_(window)
+
+
+def mean_of_windows(total: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """Divide a sum of windows by how many cover each cell, in place.
+
+    Args:
+        total (Tensor): What :func:`add_windows` has summed,
+            ``(N, C, H, W)``.
+        boxes (Sequence[Box]): All boxes; together they cover H x W.
+
+    Returns:
+        Tensor: The same tensor.
+    """
+    count = total.new_zeros(total.shape[-2:])
+    for box in boxes:
+        crop_to_box(count, box).add_(1)
+    return total.div_(count)
+
+
 def merge_windows(windows: Tensor, boxes: Sequence[Box],
                   size: tuple[int, int]) -> Tensor:
     """Mean of overlapping windows.
@@ -89,8 +119,5 @@ def merge_windows(windows: Tensor, boxes: Sequence[Box],
         Tensor: ``(N, C, *size)``.
     """
     total = windows.new_zeros(*windows.shape[1:3], *size)
-    count = windows.new_zeros(size)
-    for window, box in zip(windows, boxes, strict=True):
-        crop_to_box(total, box).add_(window)
-        crop_to_box(count, box).add_(1)
-    return total / count
+    add_windows(total, windows, boxes)
+    return mean_of_windows(total, boxes)
