@@ -1,7 +1,7 @@
 """Sliding-window inference, several windows in one pass.
 
 mmseg forwards one window at a time. With ``batched`` in a segmentor's
-``test_cfg`` as many windows go through it together::
+``test_cfg`` up to that many windows go through it together::
 
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(256, 256),
                   batched=8)
