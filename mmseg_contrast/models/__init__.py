@@ -7,13 +7,17 @@ from .daformer_head import DAFormerHead
 from .data_preprocessor import DomainDataPreprocessor
 from .dlv2_head import DLV2Head
 from .fusion import ASPPFusion, ConvFusion, ISAFusion
+from .hrda import HRDASegmentor
+from .hrda_head import HRDAHead, ScaleLogits
 from .mit import ReferenceMixVisionTransformer
+from .multi_scale import MultiScale
 from .projection import Projection
 from .tta import UDATTAModel
 
 __all__ = [
     'ASPPFusion', 'Clock', 'ContrastEncoderDecoder', 'ContrastHead',
     'ConvFusion', 'DAFormerHead', 'DLV2Head', 'DomainDataPreprocessor',
-    'ISAFusion', 'Pixels', 'Projection', 'ReferenceMixVisionTransformer',
+    'HRDAHead', 'HRDASegmentor', 'ISAFusion', 'MultiScale', 'Pixels',
+    'Projection', 'ReferenceMixVisionTransformer', 'ScaleLogits',
     'UDATTAModel'
 ]
