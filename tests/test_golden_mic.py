@@ -292,8 +292,9 @@ def compare_logits(golden, i, taught, students):
     found = dict(teacher_raw_lr=teacher.context, teacher_att=teacher.attention,
                  teacher_hr=teacher.detail, teacher_fused=teacher.fused)
     for name, one in students.items():
-        found.update({f'{name}_raw_lr': one.context, f'{name}_hr': one.detail,
-                      f'{name}_att': one.attention, f'{name}_fused': one.fused})
+        found.update({
+            f'{name}_raw_lr': one.context, f'{name}_hr': one.detail,
+            f'{name}_att': one.attention, f'{name}_fused': one.fused})
     compared = 0
     for name, maps in found.items():
         for every in (2, 4):

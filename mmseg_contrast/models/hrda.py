@@ -138,13 +138,13 @@ class HRDASegmentor(EncoderDecoder):
             height (int): Height of the image, a multiple of ``divisor``.
             width (int): Its width, the same.
         """
-        stride = self.detail_size
+        high, wide = self.detail_size
         if self.overlap:
             # Half a window, on the grid.
             grid = self.divisor
-            stride = tuple(max(side // 2 // grid, 1) * grid
-                           for side in stride)
-        return slide_boxes(height, width, self.detail_size, stride)
+            high, wide = (max(side // 2 // grid, 1) * grid
+                          for side in (high, wide))
+        return slide_boxes(height, width, self.detail_size, (high, wide))
 
     def context(self, images: Tensor) -> Tensor:
         """The images as the context sees them.
@@ -206,9 +206,8 @@ class HRDASegmentor(EncoderDecoder):
             low, high = self._stages(context), self._stages(first)
         else:
             both = self._stages(torch.cat([context, first]))
-            low, high = (
-                tuple([stage[part] for stage in stages] for stages in both)
-                for part in (slice(len(context)), slice(len(context), None)))
+            low, high = (_rows(both, part) for part in (
+                slice(len(context)), slice(len(context), None)))
         return low, [high, *(self._stages(chunk) for chunk in others)]
 
     def _stages(self, images: Tensor) -> _BothStages:
@@ -236,3 +235,9 @@ class HRDASegmentor(EncoderDecoder):
     def _forward(self, inputs: Tensor,
                  data_samples: list[SegDataSample] | None = None) -> Tensor:
         return self.decode_head(self.extract_feat(inputs))
+
+
+def _rows(stages: _BothStages, part: slice) -> _BothStages:
+    """Some samples of all stages."""
+    before, after = stages
+    return [one[part] for one in before], [one[part] for one in after]

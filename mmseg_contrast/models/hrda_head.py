@@ -136,7 +136,7 @@ class HRDAHead(BaseModule):
 
     @property
     def sampler(self) -> Any:
-        """mmseg's pixel sampler of the inner head."""
+        """Pixel sampler of the inner head, see mmseg."""
         return self.head.sampler
 
     def attend(self, features: Sequence[Tensor], context: Tensor) -> Tensor:

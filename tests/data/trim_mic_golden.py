@@ -74,7 +74,8 @@ def main(source: str, target: str) -> None:
     assert full['sep/pseudo_threshold'] == full['pseudo_threshold']
     student(full, kept)
     for name in (*INPUTS, *DRAWS, *MIC_DRAWS, 'fd_label', 'fd_mask',
-                 'mixed_label', 'pseudo_label', 'teacher_raw_hr_crops_norm', 'lr'):
+                 'mixed_label', 'pseudo_label', 'teacher_raw_hr_crops_norm',
+                 'lr'):
         kept[name] = stacked(name)
     assert np.array_equal(stacked('masked_label'), kept['pseudo_label'])
     for name in (*DRAWS, 'mixed_label', 'pseudo_label', 'masked_label'):

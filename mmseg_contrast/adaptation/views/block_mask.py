@@ -99,8 +99,8 @@ class BlockMask(nn.Module):
         """
         view = step.view(self.view)
         images = view.images
-        uniforms = self.draw(
-            len(images), *images.shape[-2:], step.generator(name))
+        samples, _, height, width = images.shape
+        uniforms = self.draw(samples, height, width, step.generator(name))
         return view.replace(name=name, images=hide_blocks(
             images, uniforms.to(images.device, non_blocking=True),
             self.ratio))
