@@ -328,6 +328,9 @@ def test_places_are_drawn_on_the_grid(include_last, offsets):
     assert {box[0] for box in seen} == {box[2] for box in seen} == offsets
     assert all((box[1] - box[0], box[3] - box[2]) == CROP for box in seen)
     assert len({(box[0], box[2]) for box in seen}) == len(offsets)**2
+    torch.manual_seed(5)  # which a given generator is not
+    gen.manual_seed(0)
+    assert [net.draw_box(64, 64, gen) for _ in range(9)] == seen[:9]
     # Without a generator it is torch's own that counts.
     for _ in range(2):
         torch.manual_seed(3)
@@ -485,6 +488,14 @@ def test_adapted_losses_are_the_stock_ones():
         torch.testing.assert_close(mine[f'source.{key}'], stock[key])
 
 
+def test_the_weight_of_an_objective_is_that_of_both_losses():
+    parts, half = mic_parts(), mic_parts()
+    half['objectives']['masked']['weight'] = 0.5
+    full, less = (run(uda(one), batch(SIZE)) for one in (parts, half))
+    for key in ('masked.decode.loss_ce', 'masked.decode.hr.loss_ce'):
+        torch.testing.assert_close(less[key], 0.5 * full[key])
+
+
 def test_the_details_weights_are_those_inside_the_box():
     net = at_box(segmentor(), (8, 40, 32, 64)).train()
     adapter = MultiScaleHead(net.decode_head, 'decode_head')
@@ -558,6 +569,19 @@ def test_contrast_and_feature_distance_see_the_context():
     torch.testing.assert_close(again, context)
     assert losses['contrast.loss_source'] > 0
     total(losses).backward()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_nothing_asks_for_a_value(training):
+    # Meta tensors have none, so whatever would wait for a GPU is an error.
+    net = segmentor(max_windows=5).train(training).to('meta')
+    outputs = net.decode_head.scales(net.extract_feat(images().to('meta')))
+    assert outputs.fused.shape == (2, CLASSES, 16, 16)
+    if training:
+        labels = torch.zeros(2, *SIZE, dtype=torch.long, device='meta')
+        adapter = MultiScaleHead(segmentor().decode_head, 'decode_head')
+        losses = adapter.losses(None, outputs, None, Target(labels))
+        sum(losses.values()).backward()
 
 
 # Mistakes
