@@ -601,6 +601,14 @@ def test_wrong_arguments_are_named(changes, message):
         segmentor(**changes)
 
 
+def test_another_segmentor_is_named():
+    plain = config()
+    plain.pop('detail_size')
+    net = MODELS.build(dict(plain, type='EncoderDecoder'))
+    with pytest.raises(ValueError, match="to 'HRDASegmentor'"):
+        net(images())
+
+
 def test_a_grid_too_fine_for_the_logits_is_named():
     net = segmentor(divisor=4).train()
     with pytest.raises(ValueError, match='divisor = 4, but each logit of the '

@@ -167,8 +167,13 @@ class HRDAHead(BaseModule):
             features (MultiScale): Of context and detail.
 
         Raises:
-            ValueError: If the boxes are no whole cells of the logits.
+            ValueError: If the features are of another segmentor, or the
+                boxes no whole cells of the logits.
         """
+        if not isinstance(features, MultiScale):
+            raise ValueError(
+                'HRDAHead decodes two resolutions: set the type of the '
+                "segmentor that it is the decode head of to 'HRDASegmentor'.")
         with classifier_input(self.head) as seen:
             context = self.head(features.context)
         attention = self.attend(features.context, context)
