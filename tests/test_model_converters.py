@@ -356,6 +356,41 @@ def test_other_networks_keep_their_names():
     assert set(heads) <= set(convert_student(both).weights)
 
 
+def test_a_student_of_hrda(tmp_path, monkeypatch, capsys):
+    """Head and attention keep their names; the result loads strictly."""
+    plain = published_student(3)
+    student = OrderedDict(
+        (key.replace('decode_head.', 'decode_head.head.'), value)
+        for key, value in plain.items())
+    embedding = [key for key in plain if '.embed_layers.' in key]
+    student.update((key.replace('decode_head.', 'decode_head.scale_attention.'
+                                ), torch.rand_like(plain[key]))
+                   for key in embedding)
+    attention = 'decode_head.scale_attention.'
+    student[f'{attention}fuse_layer.conv.weight'] = torch.randn(16, 64, 1, 1)
+    for key in ('weight', 'bias', 'running_mean', 'running_var'):
+        student[f'{attention}fuse_layer.bn.{key}'] = torch.rand(16)
+    student[f'{attention}fuse_layer.bn.num_batches_tracked'] = torch.tensor(7)
+    student[f'{attention}conv_seg.weight'] = torch.randn(CLASSES, 16, 1, 1)
+    student[f'{attention}conv_seg.bias'] = torch.randn(CLASSES)
+    model = student_config()
+    model.update(
+        type='HRDASegmentor', detail_size=(64, 64), decode_head=dict(
+            type='HRDAHead', head=model['decode_head'],
+            attention=dict(channels=16, embed_dims=16)))
+    config = write_config(tmp_path / 'hrda.py', model)
+    source, target = tmp_path / 'hrda.pth', tmp_path / 'new.pth'
+    save_old(source, monkeypatch, state_dict=prefixed('model.', student))
+    run_tool(monkeypatch, DAFORMER, source, target, '--config', config)
+    assert 'All keys of the file are placed.' in capsys.readouterr().out
+    net = MODELS.build(Config.fromfile(config).model)
+    net.load_state_dict(torch.load(target, weights_only=True)['state_dict'],
+                        strict=True)
+    for key in (f'{attention}fuse_layer.conv.weight',
+                'decode_head.head.conv_seg.weight'):
+        assert torch.equal(net.state_dict()[key], student[key])
+
+
 def test_half_an_attention_is_refused():
     state = published_mit()
     del state['block2.1.attn.kv.bias']

@@ -585,7 +585,8 @@ def contrast_parts(method: str, sizes: StepSizes
                    ) -> tuple[list[dict[str, Any]], dict[str, dict]]:
     """Heads and objectives of a method, active from the first step on.
 
-    Its features are all outputs of the backbone at the size of the first.
+    What is projected are all outputs of the backbone at the size of the
+    first; without a projection it is the last one as it is.
 
     Args:
         method (str): A file of ``configs/_base_/contrast``, and ``@D`` for
@@ -607,14 +608,14 @@ def contrast_parts(method: str, sizes: StepSizes
         if key not in config:
             continue
         head = dict(config[key], start=0, num_classes=sizes.classes)
-        if head.get('features', 'backbone') == 'backbone':
+        projected = head['projection'].get('layers') != 0
+        wide = dict(backbone=WIDTHS[-1], decoder=256, logits=sizes.classes)[
+            head.get('features', 'backbone')]
+        head['in_channels'] = wide
+        if projected and head.get('features', 'backbone') == 'backbone':
             head.update(in_channels=list(WIDTHS), in_index=[0, 1, 2, 3],
                         input_transform='resize_concat')
-            wide = sum(WIDTHS)
-        else:
-            wide = sizes.classes if head['features'] == 'logits' else 256
-            head.update(in_channels=wide)
-        if head['projection'].get('layers') == 0:
+        if not projected:
             head['channels'] = wide
         elif width:
             head.update(channels=int(width), projection=dict(

@@ -21,13 +21,20 @@ from .state_dict import RESERVED_ROOTS
 from .step import Step
 from .teachers import EMATeacher
 from .view import View
-from .views import BalancedCrop, ClassMix, PseudoLabelled, StrongAugment
+from .views import (
+    BalancedCrop,
+    BlockMask,
+    ClassMix,
+    Halves,
+    PseudoLabelled,
+    StrongAugment,
+)
 
 __all__ = [
-    'RESERVED_ROOTS', 'BalancedCrop', 'ClassMix', 'ClassThresholds',
-    'ConfidentFraction', 'ConfidentPixels', 'Contrast', 'EMATeacher',
-    'FeatureDistance', 'PrototypeConsistency', 'PrototypeRectified',
-    'PrototypeState', 'PseudoLabelled', 'PseudoLabels', 'Segmentation', 'Step',
-    'StoredPseudoLabels', 'StrongAugment', 'SymmetricCrossEntropy',
-    'UDASegmentor', 'View'
+    'RESERVED_ROOTS', 'BalancedCrop', 'BlockMask', 'ClassMix',
+    'ClassThresholds', 'ConfidentFraction', 'ConfidentPixels', 'Contrast',
+    'EMATeacher', 'FeatureDistance', 'Halves', 'PrototypeConsistency',
+    'PrototypeRectified', 'PrototypeState', 'PseudoLabelled', 'PseudoLabels',
+    'Segmentation', 'Step', 'StoredPseudoLabels', 'StrongAugment',
+    'SymmetricCrossEntropy', 'UDASegmentor', 'View'
 ]

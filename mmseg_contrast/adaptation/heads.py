@@ -19,6 +19,9 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from ..models.classifier_input import Seen
+from ..ops import crop_to_box
+from ..ops.crop_box import Box
 from .losses import IGNORE, WeightParts, check_loss, weighted_loss
 
 
@@ -38,6 +41,20 @@ class Target:
     parts: WeightParts | None = None
     edges: Tensor | None = None
 
+    def crop(self, box: Box) -> Target:
+        """The same inside a box.
+
+        Args:
+            box (Box): In pixels: top, bottom, left, right.
+        """
+        def cut(maps: Tensor | None) -> Tensor | None:
+            return None if maps is None else crop_to_box(maps, box)
+
+        parts = None if self.parts is None else tuple(
+            (scale, crop_to_box(mask, box)) for scale, mask in self.parts)
+        return Target(crop_to_box(self.labels, box), cut(self.weights), parts,
+                      cut(self.edges))
+
 
 @dataclass
 class Piece:
@@ -48,12 +65,14 @@ class Piece:
         logits (Tensor): ``(N, C, h, w)`` or, at points, ``(N, C, P)``.
         losses (Sequence[nn.Module]): Losses on these logits, summed by name.
         target (Target): Labels and weights.
+        weight (float): Factor on these losses.
     """
 
     key: str
     logits: Tensor
     losses: Sequence[nn.Module]
     target: Target
+    weight: float = 1.
 
 
 def _as_list(losses: nn.Module) -> list[nn.Module]:
@@ -109,6 +128,15 @@ class PlainHead:
         """The map of logits that stands for the head's prediction."""
         return outputs
 
+    def classified(self, outputs: Any, seen: Seen) -> Tensor | None:
+        """What the head classifies, ``(N, D, h, w)``, where that is known.
+
+        Args:
+            outputs (Any): What :meth:`outputs` returned.
+            seen (Seen): What went through its classifier.
+        """
+        return seen.features
+
     def pieces(self, outputs: Any, target: Target) -> list[Piece]:
         """All logits with their losses and labels."""
         return [Piece('{}', outputs, _as_list(self.head.loss_decode), target)]
@@ -139,6 +167,7 @@ class PlainHead:
                 value = weighted_loss(
                     loss, logits, goal.labels, weights, goal.parts,
                     self.takes_map(loss), self.ignore_index)
+                value = value * piece.weight
                 result[key] = result[key] + value if key in result else value
         return result
 
@@ -310,6 +339,31 @@ class PointHead(PlainHead):
                       goal)]
 
 
+class MultiScaleHead(PlainHead):
+    """HRDA: fused logits, and those of a detail with the labels inside it."""
+
+    def __init__(self, head: nn.Module, where: str,
+                 train_cfg: dict | None = None) -> None:
+        super().__init__(head, f'{where}.head', train_cfg)
+
+    def outputs(self, features: Any, previous: Any) -> Any:  # noqa: D102
+        return self.head.scales(features)
+
+    def logits(self, outputs: Any) -> Tensor:  # noqa: D102
+        return outputs.fused
+
+    def classified(self, outputs: Any, seen: Seen) -> Tensor | None:
+        """What is classified in the context: it shows the whole image."""
+        return outputs.context_features
+
+    def pieces(self, outputs: Any, target: Target) -> list[Piece]:  # noqa: D102
+        losses = _as_list(self.head.loss_decode)
+        return [Piece(f'{prefix}{{}}', logits, losses,
+                      target if box is None else target.crop(box), weight)
+                for prefix, weight, logits, box in
+                self.head.weighted_parts(outputs)]
+
+
 class WholeHead:
     """A head with a loss of its own, which is not known here.
 
@@ -339,6 +393,10 @@ class WholeHead:
     def logits(self, outputs: Any) -> None:
         """No map of logits without another forward."""
         return None
+
+    def classified(self, outputs: Any, seen: Seen) -> Tensor | None:
+        """What went through a classifier of mmseg's kind, if it has one."""
+        return seen.features
 
     def losses(self, features: Any, outputs: Any, previous: Any,
                target: Target) -> dict[str, Tensor]:
@@ -418,6 +476,7 @@ def detail_labels(labels: Tensor, laplacian: Tensor, fusion: Tensor,
 _BY_NAME = {
     'DAHead': DualAttentionHead,
     'EncHead': EncodingHead,
+    'HRDAHead': MultiScaleHead,
     'DDRHead': DeepDualResolutionHead,
     'PIDHead': PIDHead,
     'STDCHead': DetailHead,

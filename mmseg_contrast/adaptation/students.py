@@ -12,9 +12,9 @@ from mmengine.config import ConfigDict
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from torch import Tensor, nn
 
-from ..models import ContrastHead, windows_per_pass
+from ..models import ContrastHead, HRDASegmentor, windows_per_pass
 from ..models.classifier_input import Seen, classifier_input
-from ..ops import forked_rng
+from ..ops import forked_rng, generator_at
 from .heads import Target, adapt_head
 from .view import View
 
@@ -113,18 +113,30 @@ class StudentAdapter:
         heads = [*self.decode.values(), *self.auxiliary.values()]
         return [head.where for head in heads if head.folds]
 
-    def features(self, view: View
+    def features(self, view: View, generator: torch.Generator
                  ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor]]:
         """Outputs of the backbone, and those of the neck.
 
         Args:
             view (View): Images ``(N, 3, H, W)``.
+            generator (torch.Generator): CPU generator, for the place of a
+                detail (HRDA).
 
         Returns:
             tuple: What the backbone gives (None if the segmentor has an
             ``extract_feat`` of its own), and what the heads get. The same
-            without a neck.
+            without a neck. Both :class:`.MultiScale` with HRDA.
+
+        Raises:
+            ValueError: If the view has inputs that can't be cropped.
         """
+        if isinstance(self.segmentor, HRDASegmentor):
+            if view.inputs:
+                raise ValueError(
+                    f'the view {view.name!r} has inputs for the backbone '
+                    f'besides images ({sorted(view.inputs)}), which '
+                    'HRDASegmentor cannot crop.')
+            return self.segmentor.multi_scale(view.images, generator)
         own = type(self.segmentor).extract_feat
         if own is not EncoderDecoder.extract_feat and not view.inputs:
             return None, self.segmentor.extract_feat(view.images)
@@ -132,6 +144,19 @@ class StudentAdapter:
         if self.segmentor.with_neck:
             return stages, self.segmentor.neck(stages)
         return stages, stages
+
+    def backbone_images(self, view: View) -> Tensor:
+        """The images that :attr:`StudentOutput.backbone_features` are of.
+
+        Args:
+            view (View): Images ``(N, 3, H, W)``.
+
+        Returns:
+            Tensor: The view's own; with HRDA those of its context.
+        """
+        if isinstance(self.segmentor, HRDASegmentor):
+            return self.segmentor.context(view.images)
+        return view.images
 
     @contextmanager
     def batch_norm(self, update: bool) -> Iterator[None]:
@@ -174,7 +199,8 @@ class StudentOutput:
         self._seen = Seen()
         self._embeddings: dict[str, Tensor] = {}
         with self._context('features'):
-            self.backbone_features, self.features = adapter.features(view)
+            self.backbone_features, self.features = adapter.features(
+                view, generator_at(*rng_keys, 'detail'))
 
     @contextmanager
     def _context(self, name: str, update_norm: bool | None = None
@@ -206,6 +232,11 @@ class StudentOutput:
         return self._outputs[name]
 
     @property
+    def backbone_images(self) -> Tensor:
+        """The images of ``backbone_features``, ``(N, 3, h, w)``."""
+        return self._adapter.backbone_images(self._view)
+
+    @property
     def logits(self) -> Tensor | None:
         """Logits of the last decode head, ``(N, C, h, w)``.
 
@@ -219,9 +250,10 @@ class StudentOutput:
         """What the last decode head classifies, ``(N, D, h, w)``.
 
         Before dropout; None for heads that don't end with mmseg's cls_seg.
+        With HRDA those of the context.
         """
-        self._head(list(self._adapter.decode)[-1])
-        return self._seen.features
+        name, head = list(self._adapter.decode.items())[-1]
+        return head.classified(self._head(name)[0], self._seen)
 
     def embed(self, name: str) -> Tensor:
         """Embeddings by a ContrastHead, ``(N, D, h, w)``, computed once.

@@ -7,7 +7,10 @@ from .daformer_head import DAFormerHead
 from .data_preprocessor import DomainDataPreprocessor
 from .dlv2_head import DLV2Head
 from .fusion import ASPPFusion, ConvFusion, ISAFusion
+from .hrda import HRDASegmentor
+from .hrda_head import HRDAHead, ScaleLogits
 from .mit import ReferenceMixVisionTransformer
+from .multi_scale import MultiScale
 from .projection import Projection
 from .slide import BatchedSlide, batched_slide, windows_per_pass
 from .tta import UDATTAModel
@@ -15,7 +18,7 @@ from .tta import UDATTAModel
 __all__ = [
     'ASPPFusion', 'BatchedSlide', 'Clock', 'ContrastEncoderDecoder',
     'ContrastHead', 'ConvFusion', 'DAFormerHead', 'DLV2Head',
-    'DomainDataPreprocessor', 'ISAFusion', 'Pixels', 'Projection',
-    'ReferenceMixVisionTransformer', 'UDATTAModel', 'batched_slide',
-    'windows_per_pass'
+    'DomainDataPreprocessor', 'HRDAHead', 'HRDASegmentor', 'ISAFusion',
+    'MultiScale', 'Pixels', 'Projection', 'ReferenceMixVisionTransformer',
+    'ScaleLogits', 'UDATTAModel', 'batched_slide', 'windows_per_pass'
 ]

@@ -31,7 +31,8 @@ class FeatureDistance(nn.Module):
     with the student's features F, those :math:`F_0` of its pretrained
     backbone, frozen and in evaluation mode, and the mask M of the positions
     where the down-scaled label is a thing class. Without such a position it
-    is 0, with zero gradients.
+    is 0, with zero gradients. With HRDA, x is the context, the image at low
+    resolution.
 
     The frozen backbone is a copy of the student's, made when the weights are
     initialised: the file is read once, and testing needs none of it. It is in
@@ -161,7 +162,8 @@ class FeatureDistance(nn.Module):
                 'FeatureDistance has no frozen backbone yet: call '
                 'model.init_weights() before training, as Runner does.')
         view = step.view(self.view)
-        stages = step.student(self.view).backbone_features
+        student = step.student(self.view)
+        stages = student.backbone_features
         if view.labels is None or stages is None:
             raise ValueError(
                 f'FeatureDistance on the view {self.view!r} needs labels and '
@@ -171,7 +173,8 @@ class FeatureDistance(nn.Module):
                 f'FeatureDistance(stage={self.stage}): the backbone has '
                 f'{len(stages)} outputs.')
         with torch.no_grad():
-            reference = self.encoder(view.images, **view.inputs)[self.stage]
+            reference = self.encoder(
+                student.backbone_images, **view.inputs)[self.stage]
         features = stages[self.stage]
         if reference.shape != features.shape:
             raise ValueError(

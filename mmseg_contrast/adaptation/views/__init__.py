@@ -1,8 +1,13 @@
 """Modules that make one view from others."""
 
 from .balanced_crop import BalancedCrop
+from .block_mask import BlockMask
 from .class_mix import ClassMix
+from .halves import Halves
 from .pseudo_labelled import PseudoLabelled
 from .strong_augment import StrongAugment
 
-__all__ = ['BalancedCrop', 'ClassMix', 'PseudoLabelled', 'StrongAugment']
+__all__ = [
+    'BalancedCrop', 'BlockMask', 'ClassMix', 'Halves', 'PseudoLabelled',
+    'StrongAugment'
+]

@@ -33,6 +33,9 @@ class StrongAugment(nn.Module):
             factors in [1 - s, 1 + s], hue in [-s, s] turns.
         blur_probability (float): Chance of the blur.
         blur_sigma (tuple[float, float]): Range of sigma in pixels.
+        share_order (bool): Whether the order of the jitter's operations and
+            sigma are drawn once for the batch: the published masked images,
+            which are augmented as a batch (MIC).
 
     Raises:
         ValueError: If an argument is out of range.
@@ -44,7 +47,8 @@ class StrongAugment(nn.Module):
                  jitter_probability: float = 0.8,
                  jitter_strength: float = 0.2,
                  blur_probability: float = 0.5,
-                 blur_sigma: tuple[float, float] = (0.15, 1.15)) -> None:
+                 blur_sigma: tuple[float, float] = (0.15, 1.15),
+                 share_order: bool = False) -> None:
         super().__init__()
         for key, value in (('jitter_probability', jitter_probability),
                            ('blur_probability', blur_probability),
@@ -61,6 +65,7 @@ class StrongAugment(nn.Module):
         self.jitter_strength = jitter_strength
         self.blur_probability = blur_probability
         self.blur_sigma = tuple(blur_sigma)
+        self.share_order = share_order
         # Truncating at 4.35 sigma leaves 1e-5 of the kernel's mass outside.
         self.max_radius = math.ceil(4.3 * blur_sigma[1])
         mean, std = normalize
@@ -83,13 +88,16 @@ class StrongAugment(nn.Module):
         spread = self.jitter_strength * (
             2 * torch.rand(samples, 4, generator=generator) - 1)
         low, high = self.blur_sigma
+        order = torch.rand(samples, 4, generator=generator).argsort(1)
+        sigma = low + (high - low) * torch.rand(samples, generator=generator)
+        if self.share_order:
+            order, sigma = (one[:1].expand_as(one) for one in (order, sigma))
         return dict(
             jitter=on[0] < self.jitter_probability,
             blur=on[1] < self.blur_probability,
             factors=spread + torch.tensor([1., 1., 1., 0.]),
-            order=torch.rand(samples, 4, generator=generator).argsort(1),
-            sigma=low + (high - low) * torch.rand(
-                samples, generator=generator))
+            order=order,
+            sigma=sigma)
 
     @torch.no_grad()
     def augment(self, images: Tensor, draws: dict[str, Tensor | bool]
