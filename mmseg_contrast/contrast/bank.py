@@ -127,6 +127,23 @@ class Bank(nn.Module):
         return own_class(
             self.energies(anchors, tau), labels, self.ignore_index)
 
+    def energies_and_positives(self, anchors: Tensor, labels: Tensor,
+                               tau: float) -> tuple[Tensor, Tensor]:
+        """What both need is computed once.
+
+        Args:
+            anchors (Tensor): ``(N, D)``.
+            labels (Tensor): int64, ``(N,)``.
+            tau (float): Temperature, > 0.
+
+        Returns:
+            tuple: See :meth:`energies` and :meth:`positives`.
+        """
+        energies = self.energies(anchors, tau)
+        if type(self).positives is not Bank.positives:
+            return energies, self.positives(anchors, labels, tau)
+        return energies, own_class(energies, labels, self.ignore_index)
+
     def loss(self,
              anchors: Tensor,
              labels: Tensor,
@@ -171,8 +188,7 @@ class Bank(nn.Module):
         """
         scale = temperature_scale(tau, base_tau)
         return scale * contrast_loss(
-            self.energies(anchors, tau),
-            self.positives(anchors, labels, tau), labels, own,
+            *self.energies_and_positives(anchors, labels, tau), labels, own,
             self.ignore_index, reduce_positives, anchor_weights,
             extra=self.mixed(anchors, labels, tau, mixing, draws))
 

@@ -14,6 +14,7 @@ from ..ops import (
     gaussian_energies,
     own_class,
     prototype_energies,
+    variance_energies,
 )
 from .bank import Bank, new_share
 from .prototypes import check_clock
@@ -131,6 +132,20 @@ class GaussianBank(Bank):
         """
         return gaussian_energies(
             anchors, *self.statistics(), tau, self.count > 0)
+
+    def energies_and_positives(self, anchors: Tensor, labels: Tensor,
+                               tau: float) -> tuple[Tensor, Tensor]:
+        """See :meth:`.bank.Bank.energies_and_positives`.
+
+        Args:
+            anchors (Tensor): ``(N, D)``.
+            labels (Tensor): int64, ``(N,)``.
+            tau (float): Temperature, > 0.
+        """
+        mean, variance = self.statistics()
+        near = prototype_energies(anchors, mean, tau, self.count > 0)
+        return (near + variance_energies(anchors, variance, tau),
+                own_class(near, labels, self.ignore_index))
 
     def positives(self, anchors: Tensor, labels: Tensor, tau: float
                   ) -> Tensor:

@@ -42,6 +42,8 @@ class Sampler(nn.Module):
 
     #: Whether :meth:`forward` reads the student's logits.
     needs_logits = False
+    #: Whether anchors are all pixels in their order, so none is looked up.
+    takes_all = False
 
     def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """One uniform number in [0, 1) for each pixel.
@@ -141,6 +143,8 @@ class Sampler(nn.Module):
 @MODELS.register_module()
 class AllPixels(Sampler):
     """All pixels are anchors; slots of ignored ones are empty."""
+
+    takes_all = True
 
     def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Nothing.

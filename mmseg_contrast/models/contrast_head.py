@@ -303,7 +303,9 @@ class ContrastHead(BaseModule):
         chosen = self.sampler(
             anchors.labels, self.sampler.draw(anchors.labels, generator),
             anchors.logits, self.num_classes, self.ignore_index)
-        vectors = _rows(anchors.embeddings).index_select(0, chosen.index)
+        vectors = _rows(anchors.embeddings)
+        if not self.sampler.takes_all:
+            vectors = vectors.index_select(0, chosen.index)
         if self.normalize == 'anchors':
             vectors = _unit(vectors)
         more: dict[str, Any] = {}

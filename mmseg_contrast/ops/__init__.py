@@ -27,6 +27,7 @@ from .contrast import (
     own_class,
     prototype_energies,
     temperature_scale,
+    variance_energies,
 )
 from .contrast_keys import class_contrast_loss, pair_contrast_loss
 from .crop_box import crop_to_box, draw_crop_box, scale_box, slide_boxes
@@ -113,5 +114,5 @@ __all__ = [
     'slide_boxes', 'slide_windows', 'symmetric_cross_entropy', 'teacher_topk',
     'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
     'uniform_divergence', 'unreliable_class_members', 'within',
-    'without_classes'
+    'variance_energies', 'without_classes'
 ]

@@ -14,15 +14,19 @@ from .labels import IGNORE, ignored_last
 
 Moments = tuple[Tensor, Tensor, Tensor]
 
+#: Elements that a CPU works on at a time, so that they stay in its cache.
+PIECE_ELEMENTS = 2**20
 
+
+@torch.no_grad()
 def class_moments(features: Tensor,
                   labels: Tensor,
                   num_classes: int,
                   ignore_index: int = IGNORE) -> Moments:
     """Moments of one batch; those of an absent class are 0.
 
-    Two passes over the batch and memory of its size, not C times it. No host
-    sync.
+    Two passes over the batch, and memory of its size, not C times it; on the
+    CPU of a piece of it. No host sync, no gradient.
 
     Args:
         features (Tensor): ``(N, D)``.
@@ -40,9 +44,20 @@ def class_moments(features: Tensor,
     ids = ignored_last(labels, num_classes, ignore_index)
     count = ids.new_zeros(num_classes + 1)
     count.index_add_(0, ids, torch.ones_like(ids))
-    zeros = features.new_zeros(num_classes + 1, features.shape[1])
-    mean = zeros.index_add(0, ids, features) / count.clamp_min(1).unsqueeze(1)
-    m2 = zeros.index_add(0, ids, (features - mean[ids]).square())
+    rows, width = len(features), features.shape[1]
+    if features.device.type == 'cpu':
+        rows = PIECE_ELEMENTS // max(1, width)
+    pieces = list(zip(
+        features.split(max(1, rows)), ids.split(max(1, rows)), strict=True))
+    mean = features.new_zeros(num_classes + 1, width)
+    for piece, mine in pieces:
+        mean.index_add_(0, mine, piece)
+    mean /= count.clamp_min(1).unsqueeze(1)
+    m2 = torch.zeros_like(mean)
+    space = torch.empty_like(pieces[0][0])
+    for piece, mine in pieces:
+        apart = torch.index_select(mean, 0, mine, out=space[:len(mine)])
+        m2.index_add_(0, mine, apart.sub_(piece).square_())
     return count[:-1], mean[:-1], m2[:-1]
 
 

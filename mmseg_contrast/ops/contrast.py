@@ -74,10 +74,26 @@ def gaussian_energies(anchors: Tensor, mean: Tensor, variance: Tensor,
     Returns:
         Tensor: ``(N, C)``, minus infinity for absent classes.
     """
+    return prototype_energies(
+        anchors, mean, tau, present) + variance_energies(
+            anchors, variance, tau)
+
+
+def variance_energies(anchors: Tensor, variance: Tensor, tau: float
+                      ) -> Tensor:
+    """What the variance adds in :func:`gaussian_energies`.
+
+    Args:
+        anchors (Tensor): f, ``(N, D)``.
+        variance (Tensor): ``(C, D)``.
+        tau (float): Temperature, > 0.
+
+    Returns:
+        Tensor: ``(N, C)``.
+    """
     # Squares of half-precision anchors would lose half of their digits.
     wide = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
-    spread = _similarities(wide.square(), variance, 2 * tau**2)
-    return prototype_energies(anchors, mean, tau, present) + spread
+    return _similarities(wide.square(), variance, 2 * tau**2)
 
 
 def bank_energies(anchors: Tensor, keys: Tensor, filled: Tensor, tau: float,
