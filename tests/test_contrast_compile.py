@@ -20,13 +20,20 @@ def sorted_keys(anchors, labels, keys):
     return ops.class_contrast_loss(anchors, labels, keys, filled, 0.1)
 
 
+def class_means(anchors, labels, keys):
+    filled = keys[..., 0] > 0
+    return ops.class_contrast_loss(
+        anchors, labels, keys, filled, 0.1, energy='mean')
+
+
 def pairs(anchors, labels, keys):
     return ops.pair_contrast_loss(
         anchors, anchors, ops.same_label(labels, labels), 0.1,
         exclude_self=True)
 
 
-@pytest.mark.parametrize('loss', [prototypes, sorted_keys, pairs])
+@pytest.mark.parametrize('loss', [
+    prototypes, sorted_keys, class_means, pairs])
 def test_other_labels_compile_nothing_anew(loss):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()

@@ -686,7 +686,7 @@ def test_without_gradients_none_are_computed(monkeypatch):
     relation = draw_relation(11, 3)
     want = ops.class_contrast_loss(anchors, labels, keys, filled, .3)
     pairs = ops.pair_contrast_loss(anchors, keys[0], relation, .3)
-    monkeypatch.setattr(contrast_keys, '_gradients', None)
+    monkeypatch.setattr(contrast_keys, 'gradients_of', None)
     for one in (anchors, anchors.clone().requires_grad_()):
         with torch.no_grad():
             assert ops.class_contrast_loss(

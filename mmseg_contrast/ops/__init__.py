@@ -34,6 +34,7 @@ from .crop_box import crop_to_box, draw_crop_box, scale_box, slide_boxes
 from .ema import annealed_alpha, ema_update
 from .feature_distance import masked_feature_distance
 from .fusion import fuse_detail, merge_windows
+from .grouped import blocks_of_classes
 from .hard_negatives import hardest_negatives, mixed_energies
 from .label_downscale import downscale_labels, labels_at
 from .labels import ignored_last, known_labels
@@ -91,7 +92,8 @@ from .transport import class_sinkhorn
 
 __all__ = [
     'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
-    'block_grid', 'block_mask', 'box_counts', 'check_choice', 'choose_classes',
+    'block_grid', 'block_mask', 'blocks_of_classes', 'box_counts',
+    'check_choice', 'choose_classes',
     'choose_offsets', 'class_contrast_loss', 'class_mask', 'class_moments',
     'class_sinkhorn', 'class_thresholds', 'class_variance', 'color_jitter',
     'complement_weights', 'confidence_histogram', 'confident_fraction',

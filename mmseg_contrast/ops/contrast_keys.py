@@ -4,14 +4,14 @@ With keys k the similarities are :math:`s_{ij} = f_i^T k_j / \tau`, one for
 each of N anchors and M keys: 1024 anchors and a bank of 190,000 keys are
 0.7 GiB, and autograd keeps several of that size. Here a chunk of anchors
 after the other is compared with all keys, and its gradients are computed at
-once: the loss is one number, so they are only scaled in the backward, and
-nothing of the size N x M is kept. A second derivative does not exist.
+once (:mod:`.chunked_loss`): nothing of the size N x M is kept.
 
 There are two forms. In the class form keys are sorted, ``(C, L, D)``: a
 class's energy is the mean or the logarithmic sum of exponentials of its L
-similarities, the positives are those of the anchor's own class. In the pair
-form any relation says what is a positive and what a negative; it has two
-energies, that of all positives and that of all negatives.
+similarities, the positives are those of the anchor's own class. With the mean
+most similarities are not needed, see :mod:`.contrast_means`. In the pair form
+any relation says what is a positive and what a negative; it has two energies,
+that of all positives and that of all negatives.
 
 Keys may be detached (a bank) or part of the graph (this batch): gradients are
 computed for whatever asks for them.
@@ -20,18 +20,20 @@ computed for whatever asks for them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contrast import (
-    ABSENT,
-    check_choice,
-    check_form,
-    contrast_terms,
-    temperature_scale,
+from .chunked_loss import (
+    Inputs,
+    Walk,
+    anchors_at_once,
+    chunked_loss,
+    gradients_of,
+    leaves_of,
 )
+from .contrast import ABSENT, check_choice, check_form, contrast_terms
+from .contrast_means import mean_energy_walk
 from .labels import IGNORE
 from .pair_relation import PairRule
 
@@ -84,7 +86,8 @@ def class_contrast_loss(anchors: Tensor,
             product of both. They weight terms of positives, not negatives.
         ignore_index (int): Label that is ignored.
         chunk_size (int, optional): Anchors at a time. None: as many as give
-            about 8 million similarities.
+            about 8 million similarities; with ``energy='mean'``, with which
+            there are fewer, as many as need 32 MiB.
         extra (Tensor, optional): ``(N,)``, one more energy of each anchor,
             see :func:`.contrast.contrast_loss`.
 
@@ -97,6 +100,13 @@ def class_contrast_loss(anchors: Tensor,
     check_form(own, reduce_positives, key_weights is not None)
     check_choice('energy', energy, ('mean', 'lse'))
     classes, length = filled.shape
+    flat = None if key_weights is None else key_weights.flatten()
+    if energy == 'mean':
+        walk = mean_energy_walk(
+            anchors, labels, keys, filled, own, reduce_positives,
+            ignore_index, chunk_size)
+        return chunked_loss(walk, anchors, keys.flatten(0, 1), tau, base_tau,
+                            anchor_weights, flat, extra)
 
     def form(similarities: Tensor, rows: slice, weights: Tensor | None,
              key_weights: Tensor | None, extra: Tensor | None,
@@ -109,9 +119,9 @@ def class_contrast_loss(anchors: Tensor,
         entries.masked_fill_(~filled, ABSENT)
         index = ids.view(-1, 1, 1).expand(-1, 1, length)
         positives = entries.gather(1, index).squeeze(1)
-        energies = _reduce_keys_(entries, filled, energy)
+        energies = _reduce_keys_(entries)
         with torch.set_grad_enabled(with_gradient):
-            leaves = _leaves(
+            leaves = leaves_of(
                 energies, positives, weights, key_weights, extra)
             pair = None if leaves[3] is None else (
                 leaves[3].view(classes, length)[ids])
@@ -121,7 +131,7 @@ def class_contrast_loss(anchors: Tensor,
             total = each.sum()
         if not with_gradient:
             return total, counted.sum(), []
-        grads = _gradients(total, leaves)
+        grads = gradients_of(total, leaves)
         if grads[0] is None:
             entries.zero_()
         else:
@@ -130,10 +140,10 @@ def class_contrast_loss(anchors: Tensor,
             entries.scatter_add_(1, index, grads[1].unsqueeze(1))
         return total.detach(), counted.sum(), [similarities, *grads[2:]]
 
-    return _chunked_loss(
-        form, anchors, keys.flatten(0, 1), tau, base_tau, anchor_weights,
-        None if key_weights is None else key_weights.flatten(), extra,
-        chunk_size, CLASS_FORM_ELEMENTS)
+    step = anchors_at_once(chunk_size, CLASS_FORM_ELEMENTS, classes * length)
+    return chunked_loss(
+        _each_with_all(form, step), anchors, keys.flatten(0, 1), tau,
+        base_tau, anchor_weights, flat, extra)
 
 
 def pair_contrast_loss(anchors: Tensor,
@@ -211,7 +221,7 @@ def pair_contrast_loss(anchors: Tensor,
                 similarities, positive, negative, reduce_positives, weights,
                 extra, with_gradient)
         with torch.set_grad_enabled(with_gradient):
-            leaves = _leaves(similarities, weights, key_weights, extra)
+            leaves = leaves_of(similarities, weights, key_weights, extra)
             values = leaves[0]
             assert values is not None
             # As in contrast_terms: no minus infinity, whose gradient is NaN.
@@ -228,10 +238,11 @@ def pair_contrast_loss(anchors: Tensor,
             total = each.sum()
         if not with_gradient:
             return total, counted.sum(), []
-        return total.detach(), counted.sum(), _gradients(total, leaves)
+        return total.detach(), counted.sum(), gradients_of(total, leaves)
 
-    return _chunked_loss(form, anchors, keys, tau, base_tau, anchor_weights,
-                         key_weights, extra, chunk_size, elements)
+    step = anchors_at_once(chunk_size, elements, len(keys))
+    return chunked_loss(_each_with_all(form, step), anchors, keys, tau,
+                        base_tau, anchor_weights, key_weights, extra)
 
 
 def _pair_weights(weights: Tensor | None, key_weights: Tensor | None
@@ -273,8 +284,9 @@ def _single_positive_(similarities: Tensor, positive: Tensor,
     near = only(positive, 0.).sum(1, keepdim=True)
     apart = only(negative, 0.).sum(1, keepdim=True)
     with torch.set_grad_enabled(with_gradient):
-        leaves = _leaves(top_near + near.log(), top_apart + apart.log(),
-                         mean, weights, extra)
+        leaves = leaves_of(
+            top_near + near.log(), top_apart + apart.log(), mean, weights,
+            extra)
         mine, others, mean = leaves[:3]
         one = mine if reduce_positives == 'lse' else mean
         assert one is not None
@@ -285,7 +297,7 @@ def _single_positive_(similarities: Tensor, positive: Tensor,
         total = each.sum()
     if not with_gradient:
         return total, counted.sum(), []
-    of_near, of_apart, of_mean, *of_others = _gradients(total, leaves)
+    of_near, of_apart, of_mean, *of_others = gradients_of(total, leaves)
     tiny = torch.finfo(part.dtype).tiny
     part.mul_(of_apart / apart.clamp_min(tiny))
     similarities.mul_(of_near / near.clamp_min(tiny))
@@ -296,18 +308,12 @@ def _single_positive_(similarities: Tensor, positive: Tensor,
         slopes, of_others[0], None, of_others[1]]
 
 
-def _reduce_keys_(entries: Tensor, filled: Tensor, energy: str) -> Tensor:
+def _reduce_keys_(entries: Tensor) -> Tensor:
     """Energies ``(n, C)`` of similarities ``(n, C, L)``.
 
     The similarities are overwritten with the energies' derivatives with
     respect to them.
     """
-    count = filled.sum(1)
-    if energy == 'mean':
-        divisor = count.clamp_min(1).to(entries.dtype)
-        total = entries.masked_fill_(~filled, 0.).sum(2)
-        entries.copy_(filled / divisor.unsqueeze(1))
-        return (total / divisor).masked_fill(count == 0, ABSENT)
     floor = torch.finfo(entries.dtype).min / 2
     top = entries.amax(2, keepdim=True).clamp_min(floor)
     total = entries.sub_(top).exp_().sum(2, keepdim=True)
@@ -316,68 +322,21 @@ def _reduce_keys_(entries: Tensor, filled: Tensor, energy: str) -> Tensor:
     return energies
 
 
-def _leaves(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Starts of a graph of their own, where gradients are recorded."""
-    return [None if one is None else one.detach().requires_grad_(
-        torch.is_grad_enabled()) for one in tensors]
+def _each_with_all(form: Form, step: int) -> Walk:
+    """Compare some anchors after the others with all keys."""
 
-
-def _gradients(total: Tensor, leaves: list[Tensor | None]
-               ) -> list[Tensor | None]:
-    grads = iter(torch.autograd.grad(
-        total, [one for one in leaves if one is not None],
-        allow_unused=True))
-    return [None if one is None else next(grads) for one in leaves]
-
-
-def _chunked_loss(form: Form, anchors: Tensor, keys: Tensor, tau: float,
-                  base_tau: float | None, anchor_weights: Tensor | None,
-                  key_weights: Tensor | None, extra: Tensor | None,
-                  chunk_size: int | None, elements: int) -> Tensor:
-    scale = temperature_scale(tau, base_tau)
-    if chunk_size is None:
-        chunk_size = max(1, elements // max(1, len(keys)))
-    elif chunk_size < 1:
-        raise ValueError(f'chunk_size = {chunk_size} must be at least 1')
-    dtype = torch.promote_types(anchors.dtype, torch.float32)
-    with torch.autocast(anchors.device.type, enabled=False):
-        anchors, keys = anchors.to(dtype), keys.to(dtype)
-        if not len(anchors) or not len(keys):
-            # Zero, and connected to whatever asks for gradients.
-            if extra is not None:  # infinite for no energy
-                extra = extra.nan_to_num(0., 0., 0.)
-            return sum((one.sum() * 0 for one in (
-                keys, anchor_weights, key_weights, extra)
-                if one is not None and one.requires_grad), anchors.sum() * 0)
-        loss = _ChunkedLoss.apply(
-            anchors / tau, keys,
-            None if anchor_weights is None else anchor_weights.to(dtype),
-            None if key_weights is None else key_weights.to(dtype),
-            None if extra is None else extra.to(dtype),
-            form, chunk_size, torch.is_grad_enabled())
-        return loss * scale
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Mean of a form's terms over all anchors, with the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, keys: Tensor,
-                anchor_weights: Tensor | None, key_weights: Tensor | None,
-                extra: Tensor | None, form: Form, chunk_size: int,
-                recording: bool) -> Tensor:
-        """Loss; gradients of what needs them are kept for the backward."""
-        needs = [recording and need for need in ctx.needs_input_grad[:5]]
-        inputs = (anchors, keys, anchor_weights, key_weights, extra)
+    def walk(inputs: Inputs, needs: list[bool]
+             ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        anchors, keys, anchor_weights, key_weights, extra = inputs
         grads = [
             torch.zeros_like(one) if need and one is not None else None
             for one, need in zip(inputs, needs, strict=True)]
         total = anchors.new_zeros(())
         number = torch.zeros((), dtype=torch.int64, device=anchors.device)
         # One for all chunks: new memory is not free.
-        space = anchors.new_empty(min(chunk_size, len(anchors)), len(keys))
-        for start in range(0, len(anchors), chunk_size):
-            rows = slice(start, start + chunk_size)
+        space = anchors.new_empty(min(step, len(anchors)), len(keys))
+        for start in range(0, len(anchors), step):
+            rows = slice(start, start + step)
             mine = anchors[rows]
             weights, more = (None if one is None else one[rows]
                              for one in (anchor_weights, extra))
@@ -399,18 +358,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads[3] += of_keys
             if grads[4] is not None and of_extra is not None:
                 grads[4][rows] = of_extra
-        number = number.clamp_min(1)
-        ctx.save_for_backward(
-            *(None if one is None else one.div_(number) for one in grads))
-        return total / number
+        return total, number, grads
 
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """The kept gradients times what arrives."""
-        if torch.is_grad_enabled():  # create_graph=True
-            # They would be constants, and a second derivative silently 0.
-            raise RuntimeError(
-                'the contrast of many keys has no second derivative; use '
-                'contrast_loss of its energies and positives for one')
-        return (*(None if one is None else one * scale
-                  for one in ctx.saved_tensors), None, None, None)
+    return walk
