@@ -1,3 +1,3 @@
 # A control: anchors get each other's labels.
-_base_ = './sepico-proto.py'
+_base_ = './contrast.py'
 model = dict(objectives=dict(contrast=dict(shuffle=True)))

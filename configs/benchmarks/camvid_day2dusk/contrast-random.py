@@ -1,5 +1,5 @@
 # A control: the projection stays as it was drawn.
-_base_ = './sepico-proto.py'
+_base_ = './contrast.py'
 optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={
