@@ -46,7 +46,7 @@ from .pair_relation import (
     teacher_topk,
     within,
 )
-from .pair_weights import complement_weights, joint_weights
+from .pair_weights import complement_weights, joint_weights, split_weights
 from .prototype import (
     image_class_means,
     moved_prototypes,
@@ -67,6 +67,8 @@ from .pseudo_label import (
 )
 from .queue import gather_new, push, top_scored
 from .random import forked_rng, generator_at, position_seed
+from .resample import bilinear_at, centres
+from .resolution_contrast import resolution_contrast
 from .sampled_negatives import (
     queue_negatives,
     reco_loss,
@@ -90,17 +92,18 @@ from .transport import class_sinkhorn
 
 __all__ = [
     'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
-    'block_grid', 'block_mask', 'box_counts', 'check_choice', 'choose_classes',
-    'choose_offsets', 'class_contrast_loss', 'class_mask', 'class_moments',
-    'class_sinkhorn', 'class_thresholds', 'class_variance', 'color_jitter',
-    'complement_weights', 'confidence_histogram', 'confident_fraction',
-    'contrast_loss', 'contrast_regularizer', 'crop_to_box', 'crop_windows',
-    'downscale_labels', 'draw_crop_box', 'draw_offsets', 'draw_per_group',
-    'ema_update', 'entropy_threshold', 'except_self', 'forked_rng',
-    'fuse_detail', 'gather_moments', 'gather_new', 'gaussian_blur',
-    'gaussian_energies', 'generator_at', 'hard_and_easy', 'hard_labels',
-    'hardest_negatives', 'hide_blocks', 'ignored_last', 'image_class_means',
-    'joint_weights', 'known_labels', 'labels_at', 'logit_probabilities',
+    'bilinear_at', 'block_grid', 'block_mask', 'box_counts', 'centres',
+    'check_choice', 'choose_classes', 'choose_offsets', 'class_contrast_loss',
+    'class_mask', 'class_moments', 'class_sinkhorn', 'class_thresholds',
+    'class_variance', 'color_jitter', 'complement_weights',
+    'confidence_histogram', 'confident_fraction', 'contrast_loss',
+    'contrast_regularizer', 'crop_to_box', 'crop_windows', 'downscale_labels',
+    'draw_crop_box', 'draw_offsets', 'draw_per_group', 'ema_update',
+    'entropy_threshold', 'except_self', 'forked_rng', 'fuse_detail',
+    'gather_moments', 'gather_new', 'gaussian_blur', 'gaussian_energies',
+    'generator_at', 'hard_and_easy', 'hard_labels', 'hardest_negatives',
+    'hide_blocks', 'ignored_last', 'image_class_means', 'joint_weights',
+    'known_labels', 'labels_at', 'logit_probabilities',
     'masked_feature_distance', 'merge_moments', 'merge_windows', 'mix',
     'mixed_energies', 'moved_prototypes', 'normalized', 'over_thresholds',
     'own_class', 'own_probability', 'pair_contrast_loss', 'pixel_entropy',
@@ -108,10 +111,10 @@ __all__ = [
     'prototype_consistency', 'prototype_distances', 'prototype_energies',
     'prototype_scores', 'push', 'push_members', 'queue_negatives',
     'rank_in_groups', 'reco_loss', 'rectified', 'reference_blur_radius',
-    'same_label', 'same_label_across_images', 'same_pair',
-    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
-    'slide_boxes', 'slide_windows', 'symmetric_cross_entropy', 'teacher_topk',
-    'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
-    'uniform_divergence', 'unreliable_class_members', 'within',
-    'without_classes'
+    'resolution_contrast', 'same_label', 'same_label_across_images',
+    'same_pair', 'sampled_contrast_loss', 'scale_box',
+    'similar_class_negatives', 'slide_boxes', 'slide_windows', 'split_weights',
+    'symmetric_cross_entropy', 'teacher_topk', 'temperature_scale',
+    'top_scored', 'top_scored_members', 'u2pl_loss', 'uniform_divergence',
+    'unreliable_class_members', 'within', 'without_classes'
 ]
