@@ -342,9 +342,11 @@ def cluda(maps, labels, weights=None):
     """All pixels with all others, without a temperature."""
     # Label 255 is a class of its own in the published code.
     bank = build(type='BatchBank', num_classes=CLASSES + 1)
-    return bank.loss(
+    loss = bank.loss(
         F.normalize(flat(maps), dim=1), labels, 1., 'positive',
         anchor_weights=weights, key_weights=weights)
+    same(ops.resolution_contrast(flat(maps), labels, weights=weights), loss)
+    return loss
 
 
 @pytest.mark.parametrize('i', [0, 3])
@@ -387,16 +389,14 @@ def test_cluda_at_two_resolutions(golden, case):
     # Both terms divide by the number of positives at the low resolution.
     ratio = others(y2) / others(y).clamp_min(1)
 
-    def across(weights, key_weights):
-        return ops.pair_contrast_loss(
-            f, k, ops.same_label(y2, y2, -1), 1., exclude_self=True,
-            anchor_weights=ratio * weights, key_weights=key_weights)
-
     # p_i p_j [w_ij l(low) + (1 - w_ij) l(high)], w_ij = [in]_i a_i a_j.
-    near = ops.pair_contrast_loss(
-        f, f, ops.same_label(y, y, -1), 1., exclude_self=True,
-        anchor_weights=p * inside * a, key_weights=p * a)
-    loss = .5 * (near + across(p, p) - across(p * inside * a, p * a))
+    near, across = ops.split_weights(a * inside, p, a)
+    across = ratio.unsqueeze(1) * across[0], across[1]
+    loss = .5 * sum(
+        ops.pair_contrast_loss(
+            f, keys, ops.same_label(labels, labels, -1), 1.,
+            exclude_self=True, anchor_weights=mine, key_weights=theirs)
+        for keys, labels, (mine, theirs) in ((f, y, near), (k, y2, across)))
     close(loss, golden[f'{run}/{case}/loss'])
     grads = torch.autograd.grad(loss, (low, high, attention))
     check_gradient(golden, f'{run}/{case}/grad_lr', grads[0])

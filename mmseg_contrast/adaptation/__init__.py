@@ -4,6 +4,7 @@ from .objectives import (
     Contrast,
     FeatureDistance,
     PrototypeConsistency,
+    ResolutionContrast,
     Segmentation,
     SymmetricCrossEntropy,
 )
@@ -35,6 +36,6 @@ __all__ = [
     'ClassThresholds', 'ConfidentFraction', 'ConfidentPixels', 'Contrast',
     'EMATeacher', 'FeatureDistance', 'Halves', 'PrototypeConsistency',
     'PrototypeRectified', 'PrototypeState', 'PseudoLabelled', 'PseudoLabels',
-    'Segmentation', 'Step', 'StoredPseudoLabels', 'StrongAugment',
-    'SymmetricCrossEntropy', 'UDASegmentor', 'View'
+    'ResolutionContrast', 'Segmentation', 'Step', 'StoredPseudoLabels',
+    'StrongAugment', 'SymmetricCrossEntropy', 'UDASegmentor', 'View'
 ]

@@ -137,6 +137,16 @@ class PlainHead:
         """
         return seen.features
 
+    def resolutions(self, outputs: Any, seen: Seen
+                    ) -> list[tuple[Tensor | None, Box | None]]:
+        """What is classified at each resolution, with the box it shows.
+
+        Args:
+            outputs (Any): What :meth:`outputs` returned.
+            seen (Seen): What went through its classifier.
+        """
+        return [(self.classified(outputs, seen), None)]
+
     def pieces(self, outputs: Any, target: Target) -> list[Piece]:
         """All logits with their losses and labels."""
         return [Piece('{}', outputs, _as_list(self.head.loss_decode), target)]
@@ -356,6 +366,12 @@ class MultiScaleHead(PlainHead):
         """What is classified in the context: it shows the whole image."""
         return outputs.context_features
 
+    def resolutions(self, outputs: Any, seen: Seen
+                    ) -> list[tuple[Tensor | None, Box | None]]:
+        """The context's, and the detail's."""
+        return [(outputs.context_features, None),
+                (outputs.detail_features, outputs.box)]
+
     def pieces(self, outputs: Any, target: Target) -> list[Piece]:  # noqa: D102
         losses = _as_list(self.head.loss_decode)
         return [Piece(f'{prefix}{{}}', logits, losses,
@@ -397,6 +413,11 @@ class WholeHead:
     def classified(self, outputs: Any, seen: Seen) -> Tensor | None:
         """What went through a classifier of mmseg's kind, if it has one."""
         return seen.features
+
+    def resolutions(self, outputs: Any, seen: Seen
+                    ) -> list[tuple[Tensor | None, Box | None]]:
+        """See :meth:`PlainHead.resolutions`."""
+        return [(seen.features, None)]
 
     def losses(self, features: Any, outputs: Any, previous: Any,
                target: Target) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models import ContrastHead, HRDASegmentor, windows_per_pass
 from ..models.classifier_input import Seen, classifier_input
 from ..ops import forked_rng, generator_at
+from ..ops.crop_box import Box
 from .heads import Target, adapt_head
 from .view import View
 
@@ -254,6 +255,17 @@ class StudentOutput:
         """
         name, head = list(self._adapter.decode.items())[-1]
         return head.classified(self._head(name)[0], self._seen)
+
+    @property
+    def resolutions(self) -> list[tuple[Tensor | None, Box | None]]:
+        """What the last decode head classifies, at each resolution.
+
+        Maps ``(N, D, h, w)``, as :attr:`decoder_features`, with the box of
+        pixels that each shows; the first one, without a box, shows the whole
+        image. HRDA has two, the context's and the detail's.
+        """
+        name, head = list(self._adapter.decode.items())[-1]
+        return head.resolutions(self._head(name)[0], self._seen)
 
     def embed(self, name: str) -> Tensor:
         """Embeddings by a ContrastHead, ``(N, D, h, w)``, computed once.

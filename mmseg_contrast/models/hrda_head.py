@@ -49,6 +49,8 @@ class ScaleLogits:
         context_features (Tensor, optional): What was classified in the
             context, before dropout; None if the head does not end with
             mmseg's cls_seg.
+        detail_features (Tensor, optional): The same of the detail; None
+            without a box.
     """
 
     fused: Tensor
@@ -57,6 +59,7 @@ class ScaleLogits:
     attention: Tensor
     box: Box | None
     context_features: Tensor | None
+    detail_features: Tensor | None
 
 
 @MODELS.register_module()
@@ -177,7 +180,8 @@ class HRDAHead(BaseModule):
         with classifier_input(self.head) as seen:
             context = self.head(features.context)
         attention = self.attend(features.context, context)
-        detail = self._detail(features.detail)
+        with classifier_input(self.head) as closer:
+            detail = self._detail(features.detail)
         stride = _stride(features, detail)
         boxes = [scale_box(box, stride) for box in features.boxes]
         box = features.boxes[0] if len(boxes) == 1 else None
@@ -190,7 +194,7 @@ class HRDAHead(BaseModule):
             context, detail, attention, boxes[0] if box else None,
             features.factor, self.align_corners)
         return ScaleLogits(fused, context, detail, attention, box,
-                           seen.features)
+                           seen.features, closer.features if box else None)
 
     def _detail(self, chunks: Sequence[Sequence[Tensor]]) -> Tensor:
         """Logits of all boxes; in one pass where a norm sees the batch."""

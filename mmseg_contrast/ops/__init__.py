@@ -48,7 +48,7 @@ from .pair_relation import (
     teacher_topk,
     within,
 )
-from .pair_weights import complement_weights, joint_weights
+from .pair_weights import complement_weights, joint_weights, split_weights
 from .prototype import (
     image_class_means,
     moved_prototypes,
@@ -69,6 +69,8 @@ from .pseudo_label import (
 )
 from .queue import gather_new, push, top_scored
 from .random import forked_rng, generator_at, position_seed
+from .resample import bilinear_at, centres
+from .resolution_contrast import resolution_contrast
 from .sampled_negatives import (
     queue_negatives,
     reco_loss,
@@ -92,8 +94,8 @@ from .transport import class_sinkhorn
 
 __all__ = [
     'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
-    'block_grid', 'block_mask', 'blocks_of_classes', 'box_counts',
-    'check_choice', 'choose_classes',
+    'bilinear_at', 'block_grid', 'block_mask', 'blocks_of_classes',
+    'box_counts', 'centres', 'check_choice', 'choose_classes',
     'choose_offsets', 'class_contrast_loss', 'class_mask', 'class_moments',
     'class_sinkhorn', 'class_thresholds', 'class_variance', 'color_jitter',
     'complement_weights', 'confidence_histogram', 'confident_fraction',
@@ -111,10 +113,11 @@ __all__ = [
     'prototype_consistency', 'prototype_distances', 'prototype_energies',
     'prototype_scores', 'push', 'push_members', 'queue_negatives',
     'rank_in_groups', 'reco_loss', 'rectified', 'reference_blur_radius',
-    'same_label', 'same_label_across_images', 'same_pair',
-    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
-    'slide_boxes', 'slide_windows', 'symmetric_cross_entropy', 'teacher_topk',
-    'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
-    'uniform_divergence', 'unreliable_class_members', 'within',
-    'variance_energies', 'without_classes'
+    'resolution_contrast', 'same_label', 'same_label_across_images',
+    'same_pair', 'sampled_contrast_loss', 'scale_box',
+    'similar_class_negatives', 'slide_boxes', 'slide_windows', 'split_weights',
+    'symmetric_cross_entropy', 'teacher_topk', 'temperature_scale',
+    'top_scored', 'top_scored_members', 'u2pl_loss', 'uniform_divergence',
+    'unreliable_class_members', 'variance_energies', 'within',
+    'without_classes',
 ]

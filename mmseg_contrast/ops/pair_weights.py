@@ -55,3 +55,32 @@ def complement_weights(weights: Tensor, key_weights: Tensor
     b = key_weights.view(len(key_weights), -1)
     return (torch.cat([torch.ones_like(a[:, :1]), -a], 1),
             torch.cat([torch.ones_like(b[:, :1]), b], 1))
+
+
+def split_weights(attention: Tensor,
+                  weights: Tensor | None = None,
+                  key_attention: Tensor | None = None
+                  ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    r"""Weights of two losses that share each pair.
+
+    Products of p with :math:`w w^T` and with :math:`1 - w w^T`: CLUDA
+    (Vayyat et al., 2022).
+
+    Args:
+        attention (Tensor): w, in [0, 1], ``(N,)``.
+        weights (Tensor, optional): p, ``(N,)``. None: 1.
+        key_attention (Tensor, optional): w of the keys, ``(N,)``. None: the
+            anchors'.
+
+    Returns:
+        tuple: Of each loss the weights of anchors and of keys, of rank 1
+        ``(N,)`` and of rank 2 ``(N, 2)``.
+    """
+    if key_attention is None:
+        key_attention = attention
+    if weights is None:
+        weights = torch.ones_like(attention)
+    rest = complement_weights(attention, key_attention)
+    p = weights.unsqueeze(1)
+    return ((weights * attention, weights * key_attention),
+            (p * rest[0], p * rest[1]))

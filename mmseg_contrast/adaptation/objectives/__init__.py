@@ -3,10 +3,11 @@
 from .contrast import Contrast
 from .feature_distance import FeatureDistance
 from .prototype_consistency import PrototypeConsistency
+from .resolution_contrast import ResolutionContrast
 from .segmentation import Segmentation
 from .symmetric_cross_entropy import SymmetricCrossEntropy
 
 __all__ = [
-    'Contrast', 'FeatureDistance', 'PrototypeConsistency', 'Segmentation',
-    'SymmetricCrossEntropy'
+    'Contrast', 'FeatureDistance', 'PrototypeConsistency',
+    'ResolutionContrast', 'Segmentation', 'SymmetricCrossEntropy'
 ]
