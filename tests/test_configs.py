@@ -30,13 +30,15 @@ PAIRS = ['camvid2idd', 'camvid_day2dusk', 'nuclei_fluo2he',
 
 def test_configs_are_found():
     assert {name.split('/')[0] for name in NAMES} >= {
-        'quickstart', 'dacs', 'benchmarks', 'daformer', 'source_only',
-        *CONTRAST}
-    # Four benchmarks by three methods, five smaller encoders, four parts
+        'quickstart', 'dacs', 'benchmarks', 'daformer', 'hrda', 'mic',
+        'source_only', *CONTRAST}
+    # Four benchmarks by four methods, five smaller encoders, four parts
     # left out, three other decoders.
     large = [name for name in NAMES if '512x512' in name
              and name.split('/')[0] not in CONTRAST]
-    assert len(large) == 4 * 3 + 5 + 4 + 3
+    assert len(large) == 4 * 4 + 5 + 4 + 3
+    # HRDA and MIC on HRDA.
+    assert sum('1024x1024' in name for name in NAMES) == 4 * 2
 
 
 def every(value):
@@ -60,6 +62,8 @@ def smaller(cfg):
             part['type'] = 'BN'
         elif kind == 'BalancedCrop':
             part['size'] = (64, 64)
+        elif kind == 'HRDASegmentor':
+            part['detail_size'] = (32, 32)
         elif kind == 'ContrastHead':
             part['start'] = 0
         elif kind == 'HardEasy':
@@ -371,6 +375,133 @@ def test_published_image_sizes(pair, sizes):
         (sizes[1], True)]
 
 
+HRDA = {
+    'gta2cityscapes': ((2560, 1440), (2048, 1024)),
+    'synthia2cityscapes': ((2560, 1520), (2048, 1024)),
+    'cityscapes2acdc': ((2048, 1024), (1920, 1080)),
+    'cityscapes2darkzurich': ((2048, 1024), (1920, 1080))}
+
+
+def hrda_config(pair, method='hrda'):
+    folder = method.split('_')[0]
+    return Config.fromfile(
+        ROOT / 'configs' / folder /
+        f'{method}_mit-b5_1xb2-40k_{pair}-1024x1024.py')
+
+
+def steps(pipeline, kind):
+    return [step for step in pipeline if step.type == kind]
+
+
+@pytest.mark.parametrize('pair', HRDA)
+def test_data_of_hrda(pair):
+    cfg = hrda_config(pair)
+    streams = cfg.train_dataloader.dataset.streams
+    for stream, size, ratio in zip(
+            streams.values(), HRDA[pair], (0.75, None), strict=True):
+        resize, = steps(stream.dataset.pipeline, 'Resize')
+        assert (resize.scale, resize.keep_ratio) == (size, True)
+        crop, = steps(stream.dataset.pipeline, 'RandomCrop')
+        assert crop.crop_size == (1024, 1024)
+        assert crop.get('cat_max_ratio') == ratio
+    for loader in (cfg.test_dataloader, cfg.server_dataloader):
+        resize, = steps(loader.dataset.pipeline, 'Resize')
+        assert (resize.scale, resize.keep_ratio) == (HRDA[pair][1], True)
+    flips, sizes = (cfg.tta_pipeline[1].transforms[i] for i in (1, 0))
+    assert [one.scale for one in sizes][1] == HRDA[pair][1]
+    assert len(sizes) == 3 and len(flips) == 2
+    # Four times the pixels of DAFormer's crops: 6000 instead of 1500.
+    assert streams.source.rare_class == dict(
+        temperature=0.01, min_pixels=3000, min_crop_ratio=2.0)
+    margins = steps(streams.target.dataset.pipeline, 'MarkValidRegion')
+    assert margins == ([dict(
+        type='MarkValidRegion', top=30, bottom=240, left=30, right=30)]
+        if pair.endswith('2cityscapes') else [])
+    if margins:
+        assert streams.target.dataset.pipeline[1] == margins[0]
+    assert cfg.train_dataloader.batch_size == 2
+
+
+@pytest.mark.parametrize('pair', HRDA)
+def test_constants_of_hrda(pair):
+    """DAFormer's method and schedule with another student and other data."""
+    cfg = hrda_config(pair)
+    student = cfg.model.segmentor
+    assert student.type == 'HRDASegmentor'
+    assert student.data_preprocessor.size == (1024, 1024)
+    assert cfg.data_preprocessor.size == (1024, 1024)
+    assert student.test_cfg.mode == 'slide'
+    assert student.test_cfg.crop_size == (1024, 1024)
+    assert student.test_cfg.stride == (512, 512)
+    assert student.test_cfg.batched == 6
+    daformer = Config.fromfile(
+        DAFORMER / f'daformer_{MAIN}'.replace('gta2cityscapes', pair))
+    assert student.decode_head.head == daformer.model.segmentor.decode_head
+    assert student.backbone == daformer.model.segmentor.backbone
+    for part in ('teachers', 'pseudo_labels', 'views', 'objectives'):
+        assert cfg.model[part] == daformer.model[part]
+    for part in ('optim_wrapper', 'param_scheduler', 'train_cfg'):
+        assert cfg[part] == daformer[part]
+
+
+def test_the_network_of_hrda():
+    model = MODELS.build(smaller(hrda_config('gta2cityscapes')).model
+                         .segmentor)
+    cfg = hrda_config('gta2cityscapes').model.segmentor
+    assert (cfg.detail_size, cfg.factor, cfg.divisor) == ((512, 512), 2, 8)
+    assert model.overlap and not model.include_last
+    model.detail_size = cfg.detail_size
+    assert len(model.windows(1024, 1024)) == 9
+    boxes = [model.draw_box(1024, 1024) for _ in range(2000)]
+    assert {box[0] for box in boxes} == set(range(0, 512, 8))
+    head = model.decode_head
+    assert (head.detail_weight, head.context_weight) == (0.1, 0.)
+    # The attention: SegFormer's decoder with 256 channels, for each class.
+    attention = head.scale_attention
+    assert (attention.channels, attention.num_classes) == (256, 19)
+    assert type(attention.fuse_layer).__name__ == 'ConvFusion'
+    assert head.head.channels == 256
+
+
+@pytest.mark.parametrize('pair', HRDA)
+@pytest.mark.parametrize(('under', 'block'), [('daformer', 32),
+                                              ('hrda', 64)])
+def test_constants_of_mic(under, block, pair):
+    if under == 'hrda':
+        plain, cfg = hrda_config(pair), hrda_config(pair, 'mic_hrda')
+    else:
+        name = f'daformer_{MAIN}'.replace('gta2cityscapes', pair)
+        plain = Config.fromfile(DAFORMER / name)
+        cfg = Config.fromfile(ROOT / 'configs' / 'mic' / f'mic_{name}')
+    model = cfg.model
+    other = flat(plain.to_dict())
+    new = {key for key, value in flat(cfg.to_dict()).items()
+           if other.get(key, '-') != value}
+    assert all(key.startswith(('mic.', 'model.views.', 'model.objectives.'))
+               for key in new)
+    assert set(other) <= set(flat(cfg.to_dict()))
+    views = [name for name in model.views if name not in plain.model.views]
+    if pair.endswith('2cityscapes'):
+        assert views == ['target_labelled', 'target_strong', 'masked']
+        assert model.views.target_strong == dict(
+            type='StrongAugment', view='target_labelled',
+            jitter_strength=0.2, share_order=True)
+    else:
+        assert views == ['target_labelled', 'halves', 'masked']
+        assert model.views.halves == dict(
+            type='Halves', first='source', second='target_labelled')
+    assert model.views.masked == dict(
+        type='BlockMask', view=views[1], block=block, ratio=0.7)
+    assert model.views.target_labelled == dict(
+        type='PseudoLabelled', view='target', pseudo_label='target')
+    # A weight of 1 and the same teacher, threshold and weights.
+    assert list(model.objectives) == [
+        'source', 'feature_distance', 'mixed', 'masked']
+    assert model.objectives.masked == dict(type='Segmentation', view='masked')
+    assert model.pseudo_labels == plain.model.pseudo_labels
+    assert model.teachers == plain.model.teachers
+
+
 #: Published constants of the contrast heads: temperature, its base, weight,
 #: first iteration, length of an embedding, and those of the bank.
 HEADS = {
@@ -582,3 +713,32 @@ def test_benchmarks_of_contrast_are_dacs_and_a_head(pair, method):
     assert all(key.startswith((
         'contrast', 'model.segmentor.auxiliary_head',
         'model.objectives.contrast')) for key in new), new
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+@pytest.mark.parametrize(('method', 'parts'), [
+    ('mic', ('mic.', 'model.views.', 'model.objectives.masked')),
+    ('hrda', ('model.segmentor.type', 'model.segmentor.detail_size',
+              'model.segmentor.decode_head'))])
+def test_benchmarks_of_hrda_and_mic_are_dacs_and_more(pair, method, parts):
+    folder = ROOT / 'configs' / 'benchmarks' / pair
+    dacs = Config.fromfile(folder / 'dacs.py')
+    other = Config.fromfile(folder / f'{method}.py')
+    old, new = flat(dacs.to_dict()), flat(other.to_dict())
+    changes = {key for key in old | new
+               if old.get(key, '-') != new.get(key, '-')}
+    assert changes and all(key.startswith(parts) for key in changes)
+    model = other.model
+    if method == 'hrda':
+        head = model.segmentor.decode_head
+        assert head.head == dacs.model.segmentor.decode_head
+        assert head.attention == dict(channels=64, embed_dims=64)
+        assert model.segmentor.detail_size == (128, 128)
+    else:
+        for name, view in dacs.model.views.items():
+            assert model.views[name] == view
+        # A sixteenth of the crop's side, as 32 of 512 and 64 of 1024.
+        assert (model.views.masked.block, model.views.masked.ratio) == (
+            16, 0.7)
+        assert model.views.target_strong.jitter_strength == (
+            dacs.model.views.mixed_strong.jitter_strength)

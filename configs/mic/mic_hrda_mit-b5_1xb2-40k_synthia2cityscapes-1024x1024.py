@@ -1,0 +1,5 @@
+_base_ = [
+    '../hrda/hrda_mit-b5_1xb2-40k_synthia2cityscapes-1024x1024.py',
+    '../_base_/uda/mic-target.py',
+]
+model = dict(views=_base_.mic.views, objectives=_base_.mic.objectives)
