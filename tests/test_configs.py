@@ -22,8 +22,9 @@ SHIPPED = sorted(path for path in (ROOT / 'configs').rglob('*.py')
                  if '_base_' not in path.parts)
 NAMES = [str(path.relative_to(ROOT / 'configs')) for path in SHIPPED]
 #: Methods of contrast, each with a folder of its own.
-CONTRAST = ['contrastive_seg', 'label_efficient', 'local_contrast', 'mochi',
-            'pipa', 'proca', 'protoseg', 'rekd', 'sdca', 'sepico', 'spcl']
+CONTRAST = ['cluda', 'contrastive_seg', 'label_efficient', 'local_contrast',
+            'mochi', 'pipa', 'proca', 'protoseg', 'rekd', 'sdca', 'sepico',
+            'spcl']
 PAIRS = ['camvid2idd', 'camvid_day2dusk', 'nuclei_fluo2he',
          'vessel_drive2chase']
 
@@ -37,8 +38,8 @@ def test_configs_are_found():
     large = [name for name in NAMES if '512x512' in name
              and name.split('/')[0] not in CONTRAST]
     assert len(large) == 4 * 4 + 5 + 4 + 3
-    # HRDA and MIC on HRDA.
-    assert sum('1024x1024' in name for name in NAMES) == 4 * 2
+    # HRDA and MIC on HRDA, CLUDA on HRDA.
+    assert sum('1024x1024' in name for name in NAMES) == 4 * 2 + 2
 
 
 def every(value):
