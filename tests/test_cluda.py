@@ -306,6 +306,19 @@ def test_margins_are_ignored():
     assert weighed.item() != losses['cluda.loss_mixed_strong'].item()
 
 
+def test_ids_of_no_class_are_ignored():
+    model = model_with(objective=dict(size=8))
+    run(model, data())
+    step, found = model.last_step, []
+    view = step.view('source')
+    left = torch.arange(SIZE[1]) < 24
+    for unknown in (255, CLASSES):
+        step.views['source'] = view.replace(
+            labels=view.labels.masked_fill(left, unknown))
+        found.append(model.objectives['cluda'](step)['loss_source'].item())
+    assert found[0] == found[1] > 0
+
+
 def test_class_0_inside_and_outside_is_class_0():
     """The published code takes label 0 for a place outside of the box."""
     model = at_boxed(model_with(objective=dict(size=4)))

@@ -464,6 +464,27 @@ def test_the_network_of_hrda():
     assert head.head.channels == 256
 
 
+@pytest.mark.parametrize('pair', ['gta2cityscapes', 'synthia2cityscapes'])
+@pytest.mark.parametrize('under', ['daformer', 'hrda'])
+def test_constants_of_cluda(under, pair):
+    """One more objective, and nothing else."""
+    name = f'daformer_{MAIN}'.replace('gta2cityscapes', pair)
+    plain, cfg = (
+        (hrda_config(pair), hrda_config(pair, 'cluda_hrda'))
+        if under == 'hrda' else
+        (Config.fromfile(DAFORMER / name),
+         Config.fromfile(ROOT / 'configs' / 'cluda' / f'cluda_{name}')))
+    objective = cfg.model.objectives.pop('cluda')
+    assert objective == cfg.pop('cluda') == dict(
+        type='ResolutionContrast', views=('source', 'mixed_strong'), size=65,
+        tau=1.0, weight=1.0)
+    assert flat(cfg.to_dict()) == flat(plain.to_dict())
+    model = MODELS.build(smaller(Config.fromfile(cfg.filename)).model)
+    weighter = model.objectives['cluda'].weighter
+    assert (weighter.in_channels if under == 'hrda' else weighter) == (
+        256 if under == 'hrda' else None)
+
+
 @pytest.mark.parametrize('pair', HRDA)
 @pytest.mark.parametrize(('under', 'block'), [('daformer', 32),
                                               ('hrda', 64)])
