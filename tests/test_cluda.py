@@ -1,17 +1,18 @@
 """CLUDA: contrast of pixels at two resolutions, op and objective."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.optim import build_optim_wrapper
 from test_hrda import SIZE, at_box, config
 
 from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
 from mmseg_contrast import ops
-
-CLOSE = dict(rtol=1e-5, atol=1e-6)
-
+from mmseg_contrast.adaptation import View
 
 # The op
 
@@ -282,6 +283,39 @@ def test_the_weighter_is_trained_and_saved():
                    if key.startswith('teachers'))
 
 
+def test_the_optimizer_of_the_configs_has_the_weighter():
+    model = model_with()
+    wrapper = build_optim_wrapper(model, dict(
+        constructor='UDAOptimWrapperConstructor',
+        optimizer=dict(type='AdamW', lr=6e-5),
+        paramwise_cfg=dict(custom_keys=dict(head=dict(lr_mult=10.)))))
+    mine = {id(one) for one in model.objectives['cluda'].parameters()}
+    rates = [group['lr'] for group in wrapper.optimizer.param_groups
+             for one in group['params'] if id(one) in mine]
+    assert rates == [6e-5, 6e-5]
+
+
+def test_nothing_asks_for_a_value(monkeypatch):
+    # Meta tensors have none, so whatever would wait for a GPU is an error.
+    monkeypatch.setattr(torch, 'autocast', lambda *_, **__: nullcontext())
+    objective = model_with().objectives['cluda'].to('meta')
+    low, high = (torch.randn(2, 8, 8, 8, device='meta', requires_grad=True)
+                 for _ in range(2))
+    weights = torch.ones(2, *SIZE, device='meta')
+    view = View('source', torch.zeros(2, 3, *SIZE, device='meta'), 'source',
+                torch.zeros(2, *SIZE, dtype=torch.long, device='meta'),
+                weights=weights, weight_parts=((weights[0, 0, 0],
+                                                weights > 0), ))
+    student = SimpleNamespace(
+        resolutions=[(low, None), (high, (8, 40, 16, 48))])
+    losses = objective(SimpleNamespace(
+        view=lambda name: view, student=lambda name: student, iteration=0,
+        log=lambda key, value: None))
+    sum(losses.values()).backward()
+    assert low.grad.shape == high.grad.shape == (2, 8, 8, 8)
+    assert objective.weighter.weight.grad is not None
+
+
 def test_one_resolution_has_no_weighter():
     model = model_with(hrda=False)
     assert not list(model.objectives['cluda'].parameters())
@@ -304,6 +338,19 @@ def test_margins_are_ignored():
     labelled = objective(step)['loss_mixed_strong']
     assert weighed.item() == pytest.approx(labelled.item(), rel=1e-6)
     assert weighed.item() != losses['cluda.loss_mixed_strong'].item()
+
+
+def test_ids_of_no_class_are_ignored():
+    model = model_with(objective=dict(size=8))
+    run(model, data())
+    step, found = model.last_step, []
+    view = step.view('source')
+    left = torch.arange(SIZE[1]) < 24
+    for unknown in (255, CLASSES):
+        step.views['source'] = view.replace(
+            labels=view.labels.masked_fill(left, unknown))
+        found.append(model.objectives['cluda'](step)['loss_source'].item())
+    assert found[0] == found[1] > 0
 
 
 def test_class_0_inside_and_outside_is_class_0():

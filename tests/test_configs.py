@@ -22,8 +22,9 @@ SHIPPED = sorted(path for path in (ROOT / 'configs').rglob('*.py')
                  if '_base_' not in path.parts)
 NAMES = [str(path.relative_to(ROOT / 'configs')) for path in SHIPPED]
 #: Methods of contrast, each with a folder of its own.
-CONTRAST = ['contrastive_seg', 'label_efficient', 'local_contrast', 'mochi',
-            'pipa', 'proca', 'protoseg', 'rekd', 'sdca', 'sepico', 'spcl']
+CONTRAST = ['cluda', 'contrastive_seg', 'label_efficient', 'local_contrast',
+            'mochi', 'pipa', 'proca', 'protoseg', 'rekd', 'sdca', 'sepico',
+            'spcl']
 PAIRS = ['camvid2idd', 'camvid_day2dusk', 'nuclei_fluo2he',
          'vessel_drive2chase']
 
@@ -37,8 +38,8 @@ def test_configs_are_found():
     large = [name for name in NAMES if '512x512' in name
              and name.split('/')[0] not in CONTRAST]
     assert len(large) == 4 * 4 + 5 + 4 + 3
-    # HRDA and MIC on HRDA.
-    assert sum('1024x1024' in name for name in NAMES) == 4 * 2
+    # HRDA and MIC on HRDA, CLUDA on HRDA.
+    assert sum('1024x1024' in name for name in NAMES) == 4 * 2 + 2
 
 
 def every(value):
@@ -461,6 +462,27 @@ def test_the_network_of_hrda():
     assert (attention.channels, attention.num_classes) == (256, 19)
     assert type(attention.fuse_layer).__name__ == 'ConvFusion'
     assert head.head.channels == 256
+
+
+@pytest.mark.parametrize('pair', ['gta2cityscapes', 'synthia2cityscapes'])
+@pytest.mark.parametrize('under', ['daformer', 'hrda'])
+def test_constants_of_cluda(under, pair):
+    """One more objective, and nothing else."""
+    name = f'daformer_{MAIN}'.replace('gta2cityscapes', pair)
+    plain, cfg = (
+        (hrda_config(pair), hrda_config(pair, 'cluda_hrda'))
+        if under == 'hrda' else
+        (Config.fromfile(DAFORMER / name),
+         Config.fromfile(ROOT / 'configs' / 'cluda' / f'cluda_{name}')))
+    objective = cfg.model.objectives.pop('cluda')
+    assert objective == cfg.pop('cluda') == dict(
+        type='ResolutionContrast', views=('source', 'mixed_strong'), size=65,
+        tau=1.0, weight=1.0)
+    assert flat(cfg.to_dict()) == flat(plain.to_dict())
+    model = MODELS.build(smaller(Config.fromfile(cfg.filename)).model)
+    weighter = model.objectives['cluda'].weighter
+    assert (weighter.in_channels if under == 'hrda' else weighter) == (
+        256 if under == 'hrda' else None)
 
 
 @pytest.mark.parametrize('pair', HRDA)

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ['contrastive_seg', 'dacs', 'daformer', 'hrda', 'label_efficient',
-           'local_contrast', 'mic', 'mochi', 'pipa', 'proca', 'protoseg',
-           'rekd', 'sdca', 'sepico', 'source_only', 'spcl']
+FOLDERS = ['cluda', 'contrastive_seg', 'dacs', 'daformer', 'hrda',
+           'label_efficient', 'local_contrast', 'mic', 'mochi', 'pipa',
+           'proca', 'protoseg', 'rekd', 'sdca', 'sepico', 'source_only',
+           'spcl']
 GUIDES = [f'configs/{folder}/README.md' for folder in FOLDERS] + [
     'docs/parity.md']
 
