@@ -187,7 +187,7 @@ def test_centres_are_the_mean_key_of_each_class(kind):
     for seed in range(3):
         bank.update(*draw(40, seed, present=(0, 1, 3)))
     if hasattr(bank, 'keys'):  # what an empty place holds must not matter
-        bank.keys[~bank.occupied()] = 99
+        bank.keys[~bank.stored()[1]] = 99
     centres, there = bank.centres()
     assert centres.dtype == torch.float32 and not centres.requires_grad
     assert centres.shape == (CLASSES, WIDTH)
@@ -198,7 +198,7 @@ def test_centres_are_the_mean_key_of_each_class(kind):
     assert centres[~there].eq(0).all()
     for c in there.nonzero().flatten().tolist():
         if hasattr(bank, 'keys'):
-            want = bank.keys[c][bank.occupied()[c]].float().mean(0)
+            want = bank.keys[c][bank.stored()[1][c]].float().mean(0)
         elif kind == 'tokens':
             want = F.normalize(bank.tokens[c], dim=1).mean(0)
         elif kind == 'several':
@@ -485,7 +485,7 @@ class SlowQueue:
                 len(rows) == bank.length)
             assert torch.equal(bank.keys[c][places].double(), torch.stack(
                 list(rows)) if rows else bank.keys[c][:0].double())
-            assert bank.occupied()[c].sum() == len(rows)
+            assert bank.stored()[1][c].sum() == len(rows)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -558,7 +558,7 @@ def test_no_place_of_the_beginning_survives_a_round():
     for seed in range(4):
         vectors = draw(CLASSES, seed)[0]
         bank.update(vectors, torch.arange(CLASSES), torch.ones(CLASSES))
-    assert bank.keys.lt(99).all() and bank.occupied().all()
+    assert bank.keys.lt(99).all() and bank.stored()[1].all()
 
 
 def test_keys_of_half_precision():

@@ -26,7 +26,7 @@ def fill(bank, rounds=3):
 
 def test_keys_are_those_of_both_queues():
     bank = fill(memory())
-    keys, there = bank.keys()
+    keys, there = bank.stored()
     assert keys.shape == (3, 5, 4) and there[:2].all()
     assert not there[2].any()
     assert torch.equal(keys[:, :3], bank.pixels.keys)
@@ -43,7 +43,7 @@ def test_the_loss_by_loops(own):
     gen = torch.Generator().manual_seed(9)
     anchors = F.normalize(torch.randn(5, 4, generator=gen), dim=1)
     labels = torch.tensor([0, 1, 1, 2, 255])
-    keys, there = bank.keys()
+    keys, there = bank.stored()
     terms = []
     for f, y in zip(anchors, labels.tolist(), strict=True):
         if y > 1:

@@ -308,7 +308,7 @@ def test_contrastive_seg_memory(golden):
             f'cseg/memory/it{i}/segment_ptr'].tolist()
     for bank, name in ((pixels, 'pixel_queue_corrected'),
                        (segments, 'segment_queue')):
-        there = bank.occupied()
+        there = bank.stored()[1]
         assert there.sum() >= 20 and not there[0].any()
         torch.testing.assert_close(
             bank.keys[there], golden[f'cseg/{name}'][there], rtol=0,

@@ -433,3 +433,21 @@ def test_a_state_that_is_not_there_is_named():
     base['pseudo_labels']['target'] = dict(type='PrototypeRectified')
     with pytest.raises(ValueError, match=r'pseudo_labels.target.state'):
         build(tiny_student(), **base)
+
+
+def test_labels_of_a_view_are_scaled_once(monkeypatch):
+    from mmseg_contrast.models import contrast_head
+    real, count = contrast_head.labels_at, []
+
+    def counted(*args):
+        count.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(contrast_head, 'labels_at', counted)
+    run(model_with(), batch())
+    assert len(count) == 2  # source, which also fills the bank, and target
+
+
+def test_a_filter_of_supervised_training_is_named():
+    with pytest.raises(ValueError, match='correct_only=True'):
+        build(student(correct_only=True), **parts())

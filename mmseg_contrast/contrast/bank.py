@@ -41,6 +41,8 @@ class Bank(nn.Module):
         ValueError: If an argument is out of range.
     """
 
+    #: Whether :meth:`update` draws vectors, and so needs scores.
+    draws = False
     #: Whether updates change it; without, ``age`` stays -1 and isn't saved.
     remembers = True
 

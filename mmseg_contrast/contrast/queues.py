@@ -8,20 +8,16 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ..ops import (
-    bank_energies,
-    bank_positives,
-    class_contrast_loss,
     class_moments,
     gather_moments,
     gather_new,
     push,
     top_scored,
 )
-from .bank import Bank
-from .negatives import HardNegativeMixing
+from .keys import KeyBank
 
 
-class ClassQueue(Bank):
+class ClassQueue(KeyBank):
     """A ring buffer of keys for each class.
 
     A place that has not been written is no key, neither zero nor random.
@@ -56,107 +52,21 @@ class ClassQueue(Bank):
                  dtype: str = 'float32',
                  chunk_size: int | None = None,
                  ignore_index: int = 255) -> None:
-        super().__init__(num_classes, channels, ignore_index)
-        self.check_positive(length=length, chunk_size=chunk_size or 1)
-        self.check_choice('energy', energy, 'lse', 'mean')
+        super().__init__(
+            num_classes, channels, energy, chunk_size, ignore_index)
+        self.check_positive(length=length)
         self.check_choice('dtype', dtype, 'float32', 'float16')
         self.length = length
-        self.energy = energy
-        self.chunk_size = chunk_size
         self.register_buffer('keys', torch.zeros(
             num_classes, length, channels, dtype=getattr(torch, dtype)))
         for name in ('pointer', 'filled'):
             self.register_buffer(
                 name, torch.zeros(num_classes, dtype=torch.int64))
 
-    def occupied(self) -> Tensor:
-        """Which places hold a key, bool, ``(C, L)``."""
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`.keys.KeyBank.stored`."""
         places = torch.arange(self.length, device=self.filled.device)
-        return places < self.filled.unsqueeze(1)
-
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """Keys ``(C L, D)`` and their classes, -1 for an empty place."""
-        classes = torch.arange(self.num_classes, device=self.filled.device)
-        labels = torch.where(self.occupied(), classes.unsqueeze(1), -1)
-        return self.keys.flatten(0, 1), labels.flatten()
-
-    def centres(self) -> tuple[Tensor, Tensor]:
-        """Mean of the keys of each class, see :meth:`.bank.Bank.centres`."""
-        wide = torch.promote_types(self.keys.dtype, torch.float32)
-        there = self.occupied().unsqueeze(2)
-        total = self.keys.where(there, self.keys.new_zeros(())).sum(
-            1, dtype=wide)
-        return (total / self.filled.clamp_min(1).unsqueeze(1),
-                self.filled > 0)
-
-    def energies(self, anchors: Tensor, tau: float) -> Tensor:
-        """Energy of each anchor with each class.
-
-        With 'lse' all similarities exist at once; :meth:`loss` has but a
-        chunk of them.
-
-        Args:
-            anchors (Tensor): ``(N, D)``.
-            tau (float): Temperature, > 0.
-
-        Returns:
-            Tensor: ``(N, C)``, minus infinity for classes without a key.
-        """
-        return bank_energies(
-            anchors, self.keys, self.occupied(), tau, self.energy)
-
-    def positives(self, anchors: Tensor, labels: Tensor, tau: float
-                  ) -> Tensor:
-        """Similarities of each anchor with all keys of its own class.
-
-        Args:
-            anchors (Tensor): ``(N, D)``.
-            labels (Tensor): int64, ``(N,)``.
-            tau (float): Temperature, > 0.
-
-        Returns:
-            Tensor: ``(N, L)``, minus infinity for what does not exist.
-        """
-        return bank_positives(anchors, labels, self.keys, self.occupied(),
-                              tau, self.ignore_index)
-
-    def loss(self,
-             anchors: Tensor,
-             labels: Tensor,
-             tau: float,
-             own: str,
-             base_tau: float | None = None,
-             reduce_positives: str = 'mean',
-             anchor_weights: Tensor | None = None,
-             images: Tensor | None = None,
-             blocks: Tensor | None = None,
-             mixing: HardNegativeMixing | None = None,
-             draws: Tensor | None = None,
-             teacher: Tensor | None = None) -> Tensor:
-        """Contrast of anchors with the keys, see :meth:`.bank.Bank.loss`.
-
-        Args:
-            anchors (Tensor): ``(N, D)``, with gradients.
-            labels (Tensor): int64, ``(N,)``.
-            tau (float): Temperature, > 0.
-            own (str): 'energy' or 'positive'.
-            base_tau (float, optional): The loss is times ``tau / base_tau``.
-            reduce_positives (str): 'mean' or 'lse'.
-            anchor_weights (Tensor, optional): ``(N,)``.
-            images (Tensor, optional): Not used.
-            blocks (Tensor, optional): Not used.
-            mixing (HardNegativeMixing, optional): See there.
-            draws (Tensor, optional): See there.
-            teacher (Tensor, optional): Not used.
-
-        Returns:
-            Tensor: 0-d.
-        """
-        return class_contrast_loss(
-            anchors, labels, self.keys, self.occupied(), tau, base_tau, own,
-            reduce_positives, self.energy, anchor_weights,
-            ignore_index=self.ignore_index, chunk_size=self.chunk_size,
-            extra=self.mixed(anchors, labels, tau, mixing, draws))
+        return self.keys, places < self.filled.unsqueeze(1)
 
     def _append(self, new: Tensor, exists: Tensor) -> None:
         self._push(*gather_new(new.to(self.keys.dtype), exists))
@@ -183,6 +93,8 @@ class PixelQueue(ClassQueue):
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    draws = True
 
     def __init__(self,
                  num_classes: int,

@@ -246,8 +246,8 @@ class ContrastHead(BaseModule):
 
     def zero(self) -> Tensor:
         """A loss of 0 that reaches every parameter of this head."""
-        return sum((one.sum() * 0 for one in self.parameters()),
-                   next(self.parameters(), torch.zeros(())).sum() * 0)
+        start = self.clock.count.new_zeros((), dtype=torch.float32)
+        return sum((one.sum() * 0 for one in self.parameters()), start)
 
     def pixels(self,
                embeddings: Tensor,
@@ -356,8 +356,9 @@ class ContrastHead(BaseModule):
         """
         labels = pixels.labels.flatten()
         batch = len(pixels.labels)
-        scores = torch.rand(len(labels), generator=generator).to(
-            labels.device, non_blocking=True)
+        scores = None if not self.bank.draws else torch.rand(
+            len(labels), generator=generator).to(
+                labels.device, non_blocking=True)
         images = torch.arange(batch, device=labels.device).repeat_interleave(
             len(labels) // batch)
         self.bank.update(_rows(pixels.embeddings).detach(), labels, scores,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,9 @@ from ..students import contrast_heads
 
 if TYPE_CHECKING:
     from ..step import Step
+
+#: What is known of views in one iteration, by name and whose embeddings.
+Seen = dict[tuple[str, str], Pixels]
 
 
 @MODELS.register_module()
@@ -97,6 +101,11 @@ class Contrast(nn.Module):
                                  f'got {views!r}.')
         if not anchors:
             raise ValueError(f'{where}.anchors names no view.')
+        if found[head].correct_only:
+            raise ValueError(
+                f"{where} claims a head with correct_only=True, which is for "
+                "supervised training: name views in the objective's "
+                'correct_only.')
         if keys is not None and not isinstance(found[head].bank, BatchBank):
             raise ValueError(
                 f'{where}.keys = {keys!r} are for a head with a BatchBank, '
@@ -149,41 +158,51 @@ class Contrast(nn.Module):
         """
         head = self.contrast_head
         head.last = None  # of the iteration before
+        seen: Seen = {}
         if head.update == 'before':
-            self._fill(step)
+            self._fill(step, seen)
         if step.iteration < head.start:
             losses = dict(loss_contrast=head.zero())
         else:
-            losses = self._losses(step)
+            losses = self._losses(step, seen)
         if head.update == 'after':
-            self._fill(step)
+            self._fill(step, seen)
         return losses
 
-    def _fill(self, step: Step) -> None:
+    def _fill(self, step: Step, seen: Seen) -> None:
         for view in self.bank:
             self.contrast_head.update_bank(
-                self._pixels(step, view, self.bank_from),
+                self._pixels(step, seen, view, self.bank_from),
                 step.generator(f'contrast.{self.head}.bank.{view}'))
 
-    def _losses(self, step: Step) -> dict[str, Tensor]:
+    def _losses(self, step: Step, seen: Seen) -> dict[str, Tensor]:
         head = self.contrast_head
         weight = head.weight_at(step.iteration)
         head.sampler.set_progress(step.progress)
-        sets = {view: self._pixels(step, view) for view in self.anchors}
+        sets = {view: self._pixels(step, seen, view)
+                for view in self.anchors}
         if self.joint:
             sets = dict(contrast=_together(sets, self.anchors))
-        keys = None if self.keys is None else self._pixels(step, self.keys)
+        keys = None if self.keys is None else self._pixels(
+            step, seen, self.keys)
         if self.shuffle:
-            for name, pixels in sets.items():
-                pixels.labels = _shuffled(pixels.labels, step.generator(
-                    f'contrast.{self.head}.shuffle.{name}'))
+            sets = {name: replace(pixels, labels=_shuffled(
+                pixels.labels, step.generator(
+                    f'contrast.{self.head}.shuffle.{name}')))
+                for name, pixels in sets.items()}
         return {
             f'loss_{name}': weight * head.contrast(
                 pixels, step.generator(f'contrast.{self.head}.{name}'), keys)
             for name, pixels in sets.items()}
 
-    def _pixels(self, step: Step, name: str, who: str = 'student') -> Pixels:
-        """Embeddings of a view with its labels."""
+    def _pixels(self, step: Step, seen: Seen, view: str,
+                who: str = 'student') -> Pixels:
+        """Embeddings of a view with its labels, once in an iteration."""
+        if (view, who) not in seen:
+            seen[view, who] = self._look(step, view, who)
+        return seen[view, who]
+
+    def _look(self, step: Step, name: str, who: str) -> Pixels:
         head = self.contrast_head
         view = step.view(name)
         labels, weights, parts = view.labels, view.weights, view.weight_parts
