@@ -54,7 +54,7 @@ class FakeStep:
     """One iteration: the teacher's pass, soft labels, the student's pass."""
 
     def __init__(self, golden, i, state):
-        self._model = SimpleNamespace(state=dict(prototypes=state))
+        self.states = dict(prototypes=state)
         self.logs = {}
         self.teacher_features = weak(maps(golden, 'feat_teacher', i))
         self.soft = maps(golden, 'logit_tgt', i).detach().softmax(1)

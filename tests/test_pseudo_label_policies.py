@@ -50,7 +50,7 @@ class FakeStep:
     def __init__(self, logits, valid=None, features=None, extras=None,
                  **state):
         self.logits, self.features = logits, features
-        self._model = SimpleNamespace(state=state)
+        self.states = state
         samples, size = len(logits), logits.shape[-2:]
         self.one = View('target', torch.zeros(samples, 3, *size), 'target',
                         valid=valid, extras=extras or {})

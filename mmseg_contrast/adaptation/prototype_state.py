@@ -172,7 +172,7 @@ def prototypes_of(step: Step, name: str, where: str) -> PrototypeState:
     Raises:
         ValueError: If the model has none of that name.
     """
-    states = step._model.state
+    states = step.states
     if name not in states or not isinstance(states[name], PrototypeState):
         raise ValueError(f'{where} = {name!r} is no PrototypeState in '
                          f'model.state ({sorted(states)}).')

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import forked_rng, generator_at
 from .pseudo_labels import PseudoLabels
@@ -97,6 +97,11 @@ class Step:
             self.pseudo_labels[name] = self._model.pseudo_labels[name](
                 self, name)
         return self.pseudo_labels[name]
+
+    @property
+    def states(self) -> nn.ModuleDict:
+        """What several parts share, by name (``model.state``)."""
+        return self._model.state
 
     def log(self, key: str, value: Tensor) -> None:
         """Show a 0-d tensor in the log; it is no part of the objective.
