@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 if TYPE_CHECKING:
     from .segmentor import UDASegmentor
@@ -42,6 +45,31 @@ def check(model: UDASegmentor) -> list[str]:
               for name, objective in model.objectives.items()}
     _check_folding(model)
     return sorted(depths, key=lambda name: (depths[name], name))
+
+
+def groups(objectives: Mapping[str, nn.Module], order: list[str]
+           ) -> list[list[str]]:
+    """Objectives that have a pass of the student in common.
+
+    Args:
+        objectives (Mapping[str, nn.Module]): With the views that they need.
+        order (list[str]): Names in the order of evaluation.
+
+    Returns:
+        list[list[str]]: Names in that order; no two groups share a view.
+    """
+    found: list[tuple[set[str], list[str]]] = []
+    for name in order:
+        views, names = set(objectives[name].needs), [name]
+        apart = []
+        for others, members in found:
+            if others & views:
+                views, names = views | others, members + names
+            else:
+                apart.append((others, members))
+        found = [*apart, (views, names)]
+    ordered = [sorted(names, key=order.index) for _, names in found]
+    return sorted(ordered, key=lambda names: order.index(names[0]))
 
 
 def _parents(model: UDASegmentor, view: str) -> list[str]:

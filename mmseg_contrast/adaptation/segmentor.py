@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import MessageHub
+from mmengine.optim import OptimWrapper
 from mmengine.structures import PixelData
 from mmseg.models.segmentors.base import BaseSegmentor
 from mmseg.registry import MODELS
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..models import Clock, DomainDataPreprocessor, batched_slide
 from ..ops import normalized
 from . import graph
+from .backward import MODES, sequential_train_step
 from .state_dict import RESERVED_ROOTS, transparent_state_dict
 from .step import Step
 from .students import StudentAdapter
@@ -54,6 +56,12 @@ class UDASegmentor(BaseSegmentor):
             ``update(step)`` that is called after all losses.
         predict_with (str): Which net validation and test use: 'student',
             'teacher', or 'both' (the teacher's as ``teacher_pred_sem_seg``).
+        backward (str): 'sum' adds up all losses first. 'sequential'
+            backpropagates each group of objectives that share a pass of the
+            student at once, which frees its activations before the next one
+            runs: the same gradients with less memory. On several GPUs it
+            needs ``model_wrapper_cfg =
+            dict(type='UDADistributedDataParallel')``.
         data_preprocessor (dict, optional): As Runner injects it; must equal
             the student's.
         backbone, neck, decode_head, auxiliary_head, pretrained, train_cfg,
@@ -74,6 +82,7 @@ class UDASegmentor(BaseSegmentor):
                  objectives: dict[str, dict] | None = None,
                  state: dict[str, dict] | None = None,
                  predict_with: str = 'student',
+                 backward: str = 'sum',
                  data_preprocessor: dict | None = None,
                  backbone: dict | None = None,
                  neck: dict | None = None,
@@ -90,6 +99,9 @@ class UDASegmentor(BaseSegmentor):
         if predict_with not in _PREDICTORS:
             raise ValueError(f'model.predict_with must be one of '
                              f'{_PREDICTORS}, got {predict_with!r}.')
+        if backward not in MODES:
+            raise ValueError(f'model.backward must be one of {MODES}, got '
+                             f'{backward!r}.')
         student = _build_student(segmentor, data_preprocessor)
         super().__init__(data_preprocessor=DomainDataPreprocessor(
             student.data_preprocessor))
@@ -113,7 +125,10 @@ class UDASegmentor(BaseSegmentor):
             raise ValueError(f'model.predict_with = {predict_with!r} needs a '
                              'teacher in model.teachers.')
         self.predict_with = predict_with
-        self.order = graph.check(self)
+        self.backward_mode = backward
+        self.groups = graph.groups(self.objectives, graph.check(self))
+        # One order in both modes: batch norms record passes in it.
+        self.order = [name for group in self.groups for name in group]
         self.norm_views = {
             view for objective in self.objectives.values()
             if getattr(objective, 'update_norm', False)
@@ -205,20 +220,55 @@ class UDASegmentor(BaseSegmentor):
             raise ValueError(
                 'UDASegmentor trains on named streams: set '
                 "train_dataloader.dataset.type = 'StreamDataset'.")
+        if self.backward_mode != 'sum' and get_world_size() > 1:
+            raise ValueError(
+                "model.backward = 'sequential' on several GPUs needs "
+                "model_wrapper_cfg = dict(type='UDADistributedDataParallel')"
+                ': the stock wrapper has one backward.')
+        step = self.begin(inputs, data_samples)
+        losses = self.evaluate(step, self.order)
+        return {**losses, **self.finish(step)}
+
+    def train_step(self, data: dict,
+                   optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """Forward, backward and update, as of any model of mmengine.
+
+        Args:
+            data (dict): A batch of the loader.
+            optim_wrapper (OptimWrapper): The optimizer.
+
+        Returns:
+            dict[str, Tensor]: What is logged.
+        """
+        if self.backward_mode == 'sum':
+            return super().train_step(data, optim_wrapper)
+        return sequential_train_step(self, data, optim_wrapper)
+
+    def begin(self, inputs: dict[str, Tensor],
+              data_samples: dict[str, list[SegDataSample]]) -> Step:
+        """The first part of :meth:`loss`: teachers follow the student."""
         step = self._step(inputs, data_samples)
         for name, teacher in self.teachers.items():
             if hasattr(teacher, 'update'):
                 step.log(f'{name}.momentum', torch.tensor(
                     teacher.update(self.segmentor)))
+        return step
+
+    def evaluate(self, step: Step, names: list[str]) -> dict[str, Tensor]:
+        """The second part: losses of some objectives, by log key."""
         losses = {}
-        for name in self.order:
+        for name in names:
             for key, value in self.objectives[name](step).items():
                 losses[f'{name}.{key}'] = value
+        return losses
+
+    def finish(self, step: Step) -> dict[str, Tensor]:
+        """The last part: states move on; what else is logged."""
         for module in self.state.values():
             module.update(step)
         self.clock.tick()
         self.last_step = step if self.keep_step else None
-        return {**losses, **step.logs}
+        return step.logs
 
     def _step(self, inputs: dict[str, Tensor],
               data_samples: dict[str, list[SegDataSample]]) -> Step:

@@ -1,6 +1,9 @@
-"""Hooks and the optimizer constructor."""
+"""Hooks, the optimizer constructor, the wrapper for several GPUs."""
 
 from . import hooks
+from .distributed import UDADistributedDataParallel
 from .optimizer import UDAOptimWrapperConstructor
 
-__all__ = ['UDAOptimWrapperConstructor', 'hooks']
+__all__ = [
+    'UDADistributedDataParallel', 'UDAOptimWrapperConstructor', 'hooks'
+]

@@ -1,0 +1,50 @@
+"""Several GPUs, with one backward or several in an iteration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS
+from torch import Tensor, nn
+
+
+@MODEL_WRAPPERS.register_module()
+class UDADistributedDataParallel(MMDistributedDataParallel):
+    """As mmengine's, and for ``model.backward = 'sequential'`` too.
+
+    The stock wrapper reduces gradients in the one backward that follows its
+    forward. With several, the model's own step runs instead: outside the
+    wrapper's forward gradients stay local, and the step averages them once,
+    before the update.
+
+    Args:
+        module (nn.Module): The model.
+        broadcast_buffers (bool): As of the stock wrapper, but not by default:
+            mmengine's runner sets it so if no wrapper is named.
+        find_unused_parameters (bool): As of the stock wrapper.
+        **kwargs: Further arguments of the stock wrapper.
+    """
+
+    def __init__(self, module: nn.Module, broadcast_buffers: bool = False,
+                 find_unused_parameters: bool = False,
+                 **kwargs: Any) -> None:
+        super().__init__(
+            module=module, broadcast_buffers=broadcast_buffers,
+            find_unused_parameters=find_unused_parameters, **kwargs)
+
+    def train_step(self, data: dict,
+                   optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """One iteration; see :meth:`.UDASegmentor.train_step`.
+
+        Args:
+            data (dict): A batch of the loader.
+            optim_wrapper (OptimWrapper): The optimizer.
+
+        Returns:
+            dict[str, Tensor]: What is logged.
+        """
+        if getattr(self.module, 'backward_mode', 'sum') == 'sum':
+            return super().train_step(data, optim_wrapper)
+        return self.module.train_step(data, optim_wrapper)
