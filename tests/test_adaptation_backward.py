@@ -165,3 +165,19 @@ def test_mistakes_are_named(monkeypatch):
     with pytest.raises(ValueError, match='UDADistributedDataParallel'):
         run(build(backward='sequential', **dacs_parts()), batch())
     run(build(**dacs_parts()), batch())
+
+
+@pytest.mark.parametrize('mode', backward.MODES)
+def test_contrast_alone_leaves_no_weight_without_a_gradient(mode):
+    parts = parts_with_mask()
+    contrast = parts['objectives']['contrast']
+    model = build(contrasting(), backward=mode, **dict(
+        parts, objectives=dict(contrast=contrast)))
+    optim_wrapper = OptimWrapper(
+        torch.optim.SGD(model.segmentor.parameters(), 0.1))
+    optim_wrapper.zero_grad = lambda: None
+    model.train_step(batch(), optim_wrapper)
+    for name, weight in model.segmentor.named_parameters():
+        assert weight.grad is not None, name
+    assert not model.decode_head.conv_seg.weight.grad.any()
+    assert model.backbone.layers[0][0].weight.grad.any()

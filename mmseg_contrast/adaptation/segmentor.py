@@ -21,6 +21,7 @@ from ..models import Clock, DomainDataPreprocessor, batched_slide
 from ..ops import normalized
 from . import graph
 from .backward import MODES, sequential_train_step
+from .objectives import Segmentation
 from .state_dict import RESERVED_ROOTS, transparent_state_dict
 from .step import Step
 from .students import StudentAdapter
@@ -129,6 +130,9 @@ class UDASegmentor(BaseSegmentor):
         self.groups = graph.groups(self.objectives, graph.check(self))
         # One order in both modes: batch norms record passes in it.
         self.order = [name for group in self.groups for name in group]
+        self.trains_all = any(isinstance(one, Segmentation)
+                              for one in self.objectives.values())
+        self._weights: list[Tensor] | None = None
         self.norm_views = {
             view for objective in self.objectives.values()
             if getattr(objective, 'update_norm', False)
@@ -260,7 +264,22 @@ class UDASegmentor(BaseSegmentor):
         for name in names:
             for key, value in self.objectives[name](step).items():
                 losses[f'{name}.{key}'] = value
+        if self.order[0] in names and not self.trains_all:
+            first = next(key for key in losses if 'loss' in key)
+            losses[first] = losses[first] + self._no_gradient()
         return losses
+
+    def _no_gradient(self) -> Tensor:
+        """A zero of all weights of the student.
+
+        Contrast alone uses no classifier, and perhaps no last stage of the
+        backbone, but DDP waits for all gradients.
+        """
+        if self._weights is None:
+            self._weights = [weight for weight in self.segmentor.parameters()
+                             if weight.requires_grad]
+        return sum((weight.sum() for weight in self._weights),
+                   torch.zeros(())) * 0
 
     def finish(self, step: Step) -> dict[str, Tensor]:
         """The last part: states move on; what else is logged."""

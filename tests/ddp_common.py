@@ -1,0 +1,115 @@
+"""Two ranks, or one process with both their batches; see test_ddp.py.
+
+    python -m torch.distributed.run --nproc_per_node=2 tests/ddp_common.py OUT
+"""
+
+import sys
+
+import ddp_methods  # noqa: F401  its backbone
+import torch
+import torch.distributed as dist
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
+
+from helpers import CLASSES, batch, build, dacs_parts, tiny_student
+from mmseg_contrast.adaptation import ClassMix, StrongAugment
+from mmseg_contrast.engine import UDADistributedDataParallel
+from mmseg_contrast.ops import choose_classes
+
+SAMPLES = 2
+STEPS = 3
+HEAD = dict(type='ContrastHead', in_channels=8, num_classes=CLASSES,
+            channels=6, in_index=1, tau=0.5)
+#: Heads whose banks all ranks fill; anchors are all pixels, so that each rank
+#: has as many, and the mean of two means is the mean of all.
+BANKS = dict(
+    prototypes=dict(type='PrototypeBank', clock='cumulative'),
+    gaussian=dict(type='GaussianBank', clock='cumulative'),
+    moving=dict(type='PrototypeBank', clock='ema', new_weight=0.3))
+MODES = ('sum', 'sequential')
+CASES = [(bank, mode) for bank in (None, *BANKS) for mode in MODES]
+
+
+def student(bank):
+    """Norms that see one image at a time."""
+    net = tiny_student(norm_cfg=dict(type='GN', num_groups=1))
+    net['backbone'] = dict(
+        type='Stages', channels=(8, 8), strides=(2, 2), dropout=0.)
+    if bank is not None:
+        net['auxiliary_head'] = dict(
+            HEAD, bank=BANKS[bank],
+            projection=dict(layers=1, norm_cfg=None))
+    return net
+
+
+def make(bank, mode):
+    parts = dacs_parts()
+    if bank is not None:
+        parts['objectives']['contrast'] = dict(
+            type='Contrast', anchors=['source', 'mixed_strong'],
+            bank=['source'], bank_from='teacher')
+    model = build(student(bank), backward=mode, **parts)
+    return model.double()
+
+
+def inject(first):
+    """Draws by the place of an image among those of all ranks."""
+
+    def scores(*shape):
+        gen = torch.Generator().manual_seed(5)
+        full = torch.rand(2 * SAMPLES, *shape, generator=gen)
+        return full[first:]
+
+    ClassMix.choose = lambda self, present, generator: choose_classes(
+        present, scores(present.shape[1])[:len(present)])
+    StrongAugment.draw = lambda self, samples, generator: dict(
+        jitter=True, blur=True, order=scores(4).argsort(1)[:samples],
+        factors=(scores(4)[:samples] * 0.4 + torch.tensor(
+            [.8, .8, .8, -.2])).double(),
+        sigma=scores()[:samples].double() + 0.2)
+
+
+def data(step, first, count):
+    """Labelled everywhere: each rank has as many pixels of it."""
+    both = batch(samples=2 * SAMPLES, seed=step)
+    for one in both['data_samples']['source']:
+        labels = one.gt_sem_seg.data
+        labels[labels == 255] = 1
+    return dict(
+        inputs={name: [image.double() for image in
+                       images[first:first + count]]
+                for name, images in both['inputs'].items()},
+        data_samples={name: some[first:first + count]
+                      for name, some in both['data_samples'].items()})
+
+
+def train(bank, mode, first=0, count=2 * SAMPLES):
+    """Weights, teacher and bank after some steps, and the gradients."""
+    model = make(bank, mode)
+    inject(first)
+    wrapped = model
+    if dist.is_initialized():
+        wrapped = (MMDistributedDataParallel if mode == 'sum'
+                   else UDADistributedDataParallel)(module=model)
+    optim_wrapper = OptimWrapper(
+        torch.optim.SGD(model.segmentor.parameters(), 0.1, momentum=0.9),
+        accumulative_counts=2, clip_grad=dict(max_norm=0.5))
+    optim_wrapper.initialize_count_status(model, 0, STEPS)
+    for step in range(STEPS):
+        wrapped.train_step(data(step, first, count), optim_wrapper)
+    return model.state_dict()
+
+
+def main():
+    torch.set_num_threads(1)
+    init_default_scope('mmseg')
+    dist.init_process_group('gloo')
+    rank = dist.get_rank()
+    states = {f'{bank}.{mode}': train(bank, mode, SAMPLES * rank, SAMPLES)
+              for bank, mode in CASES}
+    torch.save(states, f'{sys.argv[1]}/rank{rank}.pth')
+
+
+if __name__ == '__main__':
+    main()
