@@ -10,6 +10,12 @@ import ddp_common
 import ddp_methods
 import pytest
 import torch
+from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers import build
+from mmseg_contrast.engine import refuse_other_wrappers
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -132,3 +138,29 @@ def test_every_shipped_config_on_two_ranks(tmp_path):
     found = train_methods(tmp_path, 20, names, 3600)
     for name in names:
         check(found.get(name))
+
+
+class Sharding(nn.Module):
+    """As FSDP and DeepSpeed, which exist on GPUs alone."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class Replicas(Sharding, DistributedDataParallel):
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def test_wrappers_that_shard_are_refused(monkeypatch):
+    model = build()
+    refuse_other_wrappers(model)
+    refuse_other_wrappers(Sharding(model))  # no wrapper of mmengine's
+    monkeypatch.setitem(MODEL_WRAPPERS._module_dict, 'Sharding', Sharding)
+    with pytest.raises(ValueError, match='does not train in Sharding'):
+        refuse_other_wrappers(Sharding(model))
+    refuse_other_wrappers(Sharding(model.segmentor))  # none of our business
+    refuse_other_wrappers(Replicas(model))

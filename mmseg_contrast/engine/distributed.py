@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..adaptation import UDASegmentor
 
 
 @MODEL_WRAPPERS.register_module()
@@ -48,3 +51,29 @@ class UDADistributedDataParallel(MMDistributedDataParallel):
         if getattr(self.module, 'backward_mode', 'sum') == 'sum':
             return super().train_step(data, optim_wrapper)
         return self.module.train_step(data, optim_wrapper)
+
+
+def refuse_other_wrappers(model: nn.Module) -> None:
+    """A UDASegmentor works in DDP, and in no other wrapper.
+
+    A teacher is averaged from whole weights of the student, in the model's
+    own forward. Where a wrapper shards them (FSDP, DeepSpeed's ZeRO-3,
+    ColossalAI), what is written there is thrown away with the gathered copy.
+    DataParallel copies the model in each iteration, and
+    MMSeparateDistributedDataParallel wraps the parts, whose gradients nobody
+    would reduce.
+
+    Args:
+        model (nn.Module): The runner's.
+
+    Raises:
+        ValueError: If the model is in such a wrapper.
+    """
+    if isinstance(model, DistributedDataParallel) or (
+            not is_model_wrapper(model)):
+        return
+    if isinstance(getattr(model, 'module', None), UDASegmentor):
+        raise ValueError(
+            f'UDASegmentor does not train in {type(model).__name__}, where '
+            'teachers would not follow the student: leave model_wrapper_cfg '
+            'and strategy out (DDP), or name UDADistributedDataParallel.')

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ...datasets import PositionSampler, StreamDataset
 from ...models.clock import Clock
+from ..distributed import refuse_other_wrappers
 from ..optimizer import refuse_layer_decay_on_wrapper
 
 
@@ -78,9 +79,11 @@ class PositionHook(Hook):
         Raises:
             ValueError: If streams are combined with another sampler or
                 another train loop, or a wrapped student with a stock
-                layer-decay constructor, or if the model has another number
-                of classes than the data.
+                layer-decay constructor, or if the model is in a wrapper
+                other than DDP, or has another number of classes than the
+                data.
         """
+        refuse_other_wrappers(runner.model)
         refuse_layer_decay_on_wrapper(runner.cfg, runner.model)
         model = runner.model
         model = model.module if is_model_wrapper(model) else model
