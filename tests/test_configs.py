@@ -39,7 +39,7 @@ def test_configs_are_found():
              and name.split('/')[0] not in CONTRAST]
     assert len(large) == 4 * 4 + 5 + 4 + 3
     # HRDA and MIC on HRDA, CLUDA on HRDA.
-    assert sum('1024x1024' in name for name in NAMES) == 4 * 2 + 2
+    assert sum('1024x1024' in name for name in NAMES) == 4 * 3
 
 
 def every(value):
@@ -66,6 +66,8 @@ def smaller(cfg):
         elif kind == 'HRDASegmentor':
             part['detail_size'] = (32, 32)
         elif kind == 'ContrastHead':
+            part['start'] = 0
+        elif kind == 'UnsureDetail':
             part['start'] = 0
         elif kind == 'HardEasy':
             part['max_views'] = 1
@@ -464,25 +466,41 @@ def test_the_network_of_hrda():
     assert head.head.channels == 256
 
 
-@pytest.mark.parametrize('pair', ['gta2cityscapes', 'synthia2cityscapes'])
+@pytest.mark.parametrize('pair', HRDA)
 @pytest.mark.parametrize('under', ['daformer', 'hrda'])
 def test_constants_of_cluda(under, pair):
-    """One more objective, and nothing else."""
+    """One more objective; on HRDA, where the detail of mixed images is."""
     name = f'daformer_{MAIN}'.replace('gta2cityscapes', pair)
     plain, cfg = (
         (hrda_config(pair), hrda_config(pair, 'cluda_hrda'))
         if under == 'hrda' else
         (Config.fromfile(DAFORMER / name),
          Config.fromfile(ROOT / 'configs' / 'cluda' / f'cluda_{name}')))
+    weighter = dict(weighter=dict()) if under == 'hrda' else {}
     objective = cfg.model.objectives.pop('cluda')
     assert objective == cfg.pop('cluda') == dict(
         type='ResolutionContrast', views=('source', 'mixed_strong'), size=65,
-        tau=1.0, weight=1.0)
-    assert flat(cfg.to_dict()) == flat(plain.to_dict())
+        tau=1.0, weight=1.0, **weighter)
     model = MODELS.build(smaller(Config.fromfile(cfg.filename)).model)
-    weighter = model.objectives['cluda'].weighter
-    assert (weighter.in_channels if under == 'hrda' else weighter) == (
-        256 if under == 'hrda' else None)
+    if under == 'hrda':
+        cfg.pop('cluda_views')
+        views, old = cfg.model.views, plain.model.views
+        assert views.pop('mixed_strong') == dict(
+            type='UnsureDetail', view='mixed_augmented', start=12001)
+        # What it was, by another name.
+        assert views.pop('mixed_augmented') == old.pop('mixed_strong')
+        # SegFormer's decoder with 256 channels and one logit, at the rate
+        # of heads.
+        head = model.objectives['cluda'].weighter['head']
+        assert (head.channels, head.out_channels) == (256, 1)
+        assert [one.proj.in_features for one in
+                head.embed_layers.values()] == [64, 128, 320, 512]
+        assert type(head.fuse_layer).__name__ == 'ConvFusion'
+        assert cfg.optim_wrapper.paramwise_cfg.custom_keys.head == dict(
+            lr_mult=10.0)
+    else:
+        assert model.objectives['cluda'].weighter is None
+    assert flat(cfg.to_dict()) == flat(plain.to_dict())
 
 
 @pytest.mark.parametrize('pair', HRDA)
