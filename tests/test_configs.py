@@ -244,6 +244,38 @@ def test_the_example_of_the_readme_wraps_a_stock_config(tmp_path):
     assert cfg.optim_wrapper.constructor == 'UDAOptimWrapperConstructor'
 
 
+def test_the_examples_of_hrda_mic_and_cluda(tmp_path):
+    """As they are printed, around the shipped configs."""
+    text = (ROOT / 'docs' / 'hrda_mic_cluda.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', text, re.S)
+    folder = ROOT / 'configs'
+    hrda, mic, momentum, cluda, published = (
+        block.replace("'configs/", f"'{folder}/") for block in blocks)
+    plain = folder / 'daformer' / f'daformer_{MAIN}'
+
+    def built(name, text, base):
+        text = re.sub(r"'my_\w+_config.py'", f"'{base}'", text)
+        path = tmp_path / name
+        path.write_text(text)
+        return path, MODELS.build(smaller(Config.fromfile(path)).model)
+
+    large, model = built('hrda.py', hrda, plain)
+    assert type(model.segmentor).__name__ == 'HRDASegmentor'
+    assert type(model.decode_head.head).__name__ == 'DAFormerHead'
+    for base in (plain, large):
+        path, model = built('mic.py', mic, base)
+        assert list(model.objectives)[-1] == 'masked'
+        _, model = built(
+            'momentum.py', f"_base_ = ['{path}']\n{momentum}", base)
+        assert model.views['target_labelled'].pseudo_label == 'sure'
+        assert set(model.teachers) == {'ema', 'slow'}
+        _, model = built('cluda.py', cluda, base)
+        assert (model.objectives['cluda'].weighter is None) == (base == plain)
+    _, model = built('published.py', published, large)
+    assert type(model.views['mixed_strong']).__name__ == 'UnsureDetail'
+    assert model.objectives['cluda'].weighter['head'].channels == 256
+
+
 DAFORMER = ROOT / 'configs' / 'daformer'
 MAIN = 'mit-b5_1xb2-40k_gta2cityscapes-512x512.py'
 #: Channels and depths of MiT, Xie et al., 2021, table 6.

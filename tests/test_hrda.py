@@ -140,7 +140,13 @@ def test_gradients_reach_both_branches_and_the_attention(classwise, channels):
     assert outputs.attention.shape == (2, channels, 8, 8)
     assert 0 < outputs.attention.min() and outputs.attention.max() < 1
     assert outputs.attention.std() > 0
-    (outputs.fused * torch.randn(outputs.fused.shape)).sum().backward()
+    # Each of the three by itself, not by way of another.
+    weights = torch.randn(outputs.fused.shape)
+    for part in torch.autograd.grad(
+            outputs.fused, (outputs.context, outputs.detail,
+                            outputs.attention), weights, retain_graph=True):
+        assert part.abs().amax((0, 2, 3)).min() > 1e-3
+    (outputs.fused * weights).sum().backward()
     for stage in (features.context[1], features.detail[0][1]):
         assert stage.grad.abs().sum() > 0
     for name, parameter in net.decode_head.scale_attention.named_parameters():
