@@ -14,7 +14,7 @@ MAY_IMPORT = dict(
     engine={'ops', 'contrast', 'models', 'datasets', 'evaluation',
             'adaptation'})
 ALLOWED_IN_OPS = {'__future__', 'torch', 'mmengine', 'collections', 'math',
-                  'contextlib', 'hashlib', 'typing'}
+                  'contextlib', 'dataclasses', 'hashlib', 'typing'}
 
 
 def imported(path):

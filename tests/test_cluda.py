@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
-from test_hrda import SIZE, at_box, config
+from mmseg.registry import MODELS
+from test_hrda import SEGFORMER, SIZE, at_box, config
 
 from helpers import CLASSES, batch, build, dacs_parts, run, tiny_student, total
 from mmseg_contrast import ops
@@ -167,12 +168,14 @@ def by_hand(model, view, size):
                             align_corners=False)
     fine, box = maps[1] if len(maps) > 1 else (None, None)
     if fine is not None:
-        top, bottom, left, right = box
-        cells = (bottom - top) // step, (right - left) // step
-        fine = F.interpolate(fine, cells, mode='bilinear',
-                             align_corners=False)
+        height, width = ops.box_size(box)
+        fine = F.interpolate(fine, (height // step, width // step),
+                             mode='bilinear', align_corners=False)
     f, g, w, p, labels = [], [], [], [], []
     for image in range(len(view.images)):
+        if fine is not None:
+            top, bottom, left, right = box.boxes[box.index[image]] if (
+                isinstance(box, ops.BoxOfEach)) else box
         for i in range(size):
             for j in range(size):
                 here = context[image, :, i, j]
@@ -414,3 +417,122 @@ def test_a_size_above_the_maps_takes_the_maps():
     small = model_with(objective=dict(size=8))
     assert run(small, data())['cluda.loss_source'].item() == pytest.approx(
         losses['cluda.loss_source'].item(), rel=1e-6)
+
+
+# A head that weighs
+
+
+SMALL = dict(channels=4, embed_dims=4)
+
+
+def by_a_head(objective=None, **kwargs):
+    return model_with(objective=dict(
+        dict(size=4, weighter=dict(SMALL)), **(objective or {})), **kwargs)
+
+
+def test_the_published_weighter_is_segformers_decoder_with_one_logit():
+    model = model_with(objective=dict(size=4, weighter=dict()))
+    head = model.objectives['cluda'].weighter['head']
+    assert (head.channels, head.out_channels) == (256, 1)
+    assert head.in_index == [1]  # the stages of this decode head
+    assert type(head.fuse_layer).__name__ == 'ConvFusion'
+    assert head.fuse_layer.conv.kernel_size == (1, 1)
+    published = MODELS.build(config(head=SEGFORMER, attention=dict()))
+    assert [one.proj.out_features for one in published.decode_head.companion(
+        {}).embed_layers.values()] == [256, 256]
+    own = model_with(objective=dict(weighter=dict(
+        type='FCNHead', channels=4, num_convs=1)))
+    assert type(own.objectives['cluda'].weighter['head']).__name__ == (
+        'FCNHead')
+
+
+def test_what_a_head_weighs_is_the_context():
+    model = at_boxed(by_a_head())
+    losses = run(model, data())
+    step, objective = model.last_step, model.objectives['cluda']
+    head = objective.weighter['head']
+    student = step.student('source')
+    maps = head(student.features.context)
+    assert maps.shape == (2, 1, 8, 8)
+    scores = F.interpolate(maps, (4, 4), mode='bilinear').sigmoid()
+    torch.testing.assert_close(
+        step.logs['source.context_attention'],
+        scores[:, :, 1:3, 2:].mean().detach())  # of the box
+    assert scores.std() > 0
+    # The loss of such scores, by hand.
+    twin = at_boxed(model_with(objective=dict(size=4)))
+    run(twin, data())
+    twin.objectives['cluda'].weighter = None
+    twin.objectives['cluda']._scores = lambda *_: F.interpolate(
+        maps, (4, 4), mode='bilinear')
+    want = twin.objectives['cluda'](twin.last_step)['loss_source']
+    assert losses['cluda.loss_source'].item() == pytest.approx(
+        want.item(), rel=1e-5)
+    grads = torch.autograd.grad(
+        losses['cluda.loss_source'],
+        [head.conv_seg.weight, model.segmentor.backbone.convs[0].weight])
+    assert all(grad.abs().max() > 1e-7 for grad in grads)
+
+
+@pytest.mark.parametrize('off', [dict(weight=0.), dict(start=9)])
+def test_a_head_of_no_weight_changes_nothing(off):
+    plain, mine = model_with(objective=False), by_a_head(off)
+    for want, found in zip(train(plain), train(mine), strict=True):
+        for key, value in want.items():
+            assert torch.equal(found[key], value), key
+    theirs = mine.state_dict()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(theirs[key], value), key
+
+
+@pytest.mark.parametrize('start', [0, 9])
+def test_every_parameter_of_a_head_has_a_gradient(start):
+    model = by_a_head(dict(start=start))
+    total(run(model, data())).backward()
+    assert [name for name, one in model.named_parameters()
+            if one.requires_grad and one.grad is None] == []
+
+
+def test_dropout_of_a_head_is_a_function_of_position():
+    found = []
+    for seed in (1, 2, None):
+        model = by_a_head(dict(weighter=dict(
+            SMALL, dropout_ratio=0. if seed is None else .5)))
+        torch.manual_seed(seed or 0)
+        state = torch.get_rng_state()
+        found.append(run(model, data())['cluda.loss_source'].item())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1] != found[2]
+
+
+def test_weights_of_a_head_are_drawn_apart():
+    models = [by_a_head(), model_with(objective=False)]
+    for model in models:
+        torch.manual_seed(5)
+        model.init_weights()
+    mine, plain = (model.state_dict() for model in models)
+    for key, value in plain.items():
+        assert torch.equal(mine[key], value), key
+    head = models[0].objectives['cluda'].weighter['head']
+    assert 0 < head.conv_seg.weight.std() < .05
+
+
+def test_a_head_learns_as_fast_as_heads():
+    """Published, it is a part of the decode head."""
+    model = by_a_head()
+    wrapper = build_optim_wrapper(model, dict(
+        constructor='UDAOptimWrapperConstructor',
+        optimizer=dict(type='AdamW', lr=6e-5, weight_decay=.01),
+        paramwise_cfg=dict(custom_keys=dict(
+            head=dict(lr_mult=10.), norm=dict(decay_mult=0.)))))
+    mine = {id(one) for one in model.objectives['cluda'].parameters()}
+    settings = {(round(group['lr'], 9), group['weight_decay'])
+                for group in wrapper.optimizer.param_groups
+                for one in group['params'] if id(one) in mine}
+    assert settings == {(6e-4, .01)}
+
+
+def test_one_resolution_has_nothing_to_weigh():
+    with pytest.raises(ValueError, match='cluda.weighter shares pixels .* '
+                                         'EncoderDecoder has one'):
+        model_with(hrda=False, objective=dict(weighter=dict()))

@@ -39,7 +39,7 @@ def test_configs_are_found():
              and name.split('/')[0] not in CONTRAST]
     assert len(large) == 4 * 4 + 5 + 4 + 3
     # HRDA and MIC on HRDA, CLUDA on HRDA.
-    assert sum('1024x1024' in name for name in NAMES) == 4 * 2 + 2
+    assert sum('1024x1024' in name for name in NAMES) == 4 * 3
 
 
 def every(value):
@@ -66,6 +66,8 @@ def smaller(cfg):
         elif kind == 'HRDASegmentor':
             part['detail_size'] = (32, 32)
         elif kind == 'ContrastHead':
+            part['start'] = 0
+        elif kind == 'UnsureDetail':
             part['start'] = 0
         elif kind == 'HardEasy':
             part['max_views'] = 1
@@ -240,6 +242,38 @@ def test_the_example_of_the_readme_wraps_a_stock_config(tmp_path):
     assert type(model.backbone).__name__ == 'MixVisionTransformer'
     assert cfg.train_dataloader.dataset.type == 'StreamDataset'
     assert cfg.optim_wrapper.constructor == 'UDAOptimWrapperConstructor'
+
+
+def test_the_examples_of_hrda_mic_and_cluda(tmp_path):
+    """As they are printed, around the shipped configs."""
+    text = (ROOT / 'docs' / 'hrda_mic_cluda.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', text, re.S)
+    folder = ROOT / 'configs'
+    hrda, mic, momentum, cluda, published = (
+        block.replace("'configs/", f"'{folder}/") for block in blocks)
+    plain = folder / 'daformer' / f'daformer_{MAIN}'
+
+    def built(name, text, base):
+        text = re.sub(r"'my_\w+_config.py'", f"'{base}'", text)
+        path = tmp_path / name
+        path.write_text(text)
+        return path, MODELS.build(smaller(Config.fromfile(path)).model)
+
+    large, model = built('hrda.py', hrda, plain)
+    assert type(model.segmentor).__name__ == 'HRDASegmentor'
+    assert type(model.decode_head.head).__name__ == 'DAFormerHead'
+    for base in (plain, large):
+        path, model = built('mic.py', mic, base)
+        assert list(model.objectives)[-1] == 'masked'
+        _, model = built(
+            'momentum.py', f"_base_ = ['{path}']\n{momentum}", base)
+        assert model.views['target_labelled'].pseudo_label == 'sure'
+        assert set(model.teachers) == {'ema', 'slow'}
+        _, model = built('cluda.py', cluda, base)
+        assert (model.objectives['cluda'].weighter is None) == (base == plain)
+    _, model = built('published.py', published, large)
+    assert type(model.views['mixed_strong']).__name__ == 'UnsureDetail'
+    assert model.objectives['cluda'].weighter['head'].channels == 256
 
 
 DAFORMER = ROOT / 'configs' / 'daformer'
@@ -464,25 +498,41 @@ def test_the_network_of_hrda():
     assert head.head.channels == 256
 
 
-@pytest.mark.parametrize('pair', ['gta2cityscapes', 'synthia2cityscapes'])
+@pytest.mark.parametrize('pair', HRDA)
 @pytest.mark.parametrize('under', ['daformer', 'hrda'])
 def test_constants_of_cluda(under, pair):
-    """One more objective, and nothing else."""
+    """One more objective; on HRDA, where the detail of mixed images is."""
     name = f'daformer_{MAIN}'.replace('gta2cityscapes', pair)
     plain, cfg = (
         (hrda_config(pair), hrda_config(pair, 'cluda_hrda'))
         if under == 'hrda' else
         (Config.fromfile(DAFORMER / name),
          Config.fromfile(ROOT / 'configs' / 'cluda' / f'cluda_{name}')))
+    weighter = dict(weighter=dict()) if under == 'hrda' else {}
     objective = cfg.model.objectives.pop('cluda')
     assert objective == cfg.pop('cluda') == dict(
         type='ResolutionContrast', views=('source', 'mixed_strong'), size=65,
-        tau=1.0, weight=1.0)
-    assert flat(cfg.to_dict()) == flat(plain.to_dict())
+        tau=1.0, weight=1.0, **weighter)
     model = MODELS.build(smaller(Config.fromfile(cfg.filename)).model)
-    weighter = model.objectives['cluda'].weighter
-    assert (weighter.in_channels if under == 'hrda' else weighter) == (
-        256 if under == 'hrda' else None)
+    if under == 'hrda':
+        cfg.pop('cluda_views')
+        views, old = cfg.model.views, plain.model.views
+        assert views.pop('mixed_strong') == dict(
+            type='UnsureDetail', view='mixed_augmented', start=12001)
+        # What it was, by another name.
+        assert views.pop('mixed_augmented') == old.pop('mixed_strong')
+        # SegFormer's decoder with 256 channels and one logit, at the rate
+        # of heads.
+        head = model.objectives['cluda'].weighter['head']
+        assert (head.channels, head.out_channels) == (256, 1)
+        assert [one.proj.in_features for one in
+                head.embed_layers.values()] == [64, 128, 320, 512]
+        assert type(head.fuse_layer).__name__ == 'ConvFusion'
+        assert cfg.optim_wrapper.paramwise_cfg.custom_keys.head == dict(
+            lr_mult=10.0)
+    else:
+        assert model.objectives['cluda'].weighter is None
+    assert flat(cfg.to_dict()) == flat(plain.to_dict())
 
 
 @pytest.mark.parametrize('pair', HRDA)

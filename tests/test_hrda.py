@@ -140,7 +140,13 @@ def test_gradients_reach_both_branches_and_the_attention(classwise, channels):
     assert outputs.attention.shape == (2, channels, 8, 8)
     assert 0 < outputs.attention.min() and outputs.attention.max() < 1
     assert outputs.attention.std() > 0
-    (outputs.fused * torch.randn(outputs.fused.shape)).sum().backward()
+    # Each of the three by itself, not by way of another.
+    weights = torch.randn(outputs.fused.shape)
+    for part in torch.autograd.grad(
+            outputs.fused, (outputs.context, outputs.detail,
+                            outputs.attention), weights, retain_graph=True):
+        assert part.abs().amax((0, 2, 3)).min() > 1e-3
+    (outputs.fused * weights).sum().backward()
     for stage in (features.context[1], features.detail[0][1]):
         assert stage.grad.abs().sum() > 0
     for name, parameter in net.decode_head.scale_attention.named_parameters():
@@ -151,11 +157,32 @@ def test_gradients_reach_both_branches_and_the_attention(classwise, channels):
 # Windows
 
 
+def times_covered(net, height, width):
+    """How many windows lie on each pixel."""
+    count = torch.zeros(height, width, dtype=torch.long)
+    for top, bottom, left, right in net.windows(height, width):
+        assert 0 <= top and bottom <= height and 0 <= left and right <= width
+        assert (bottom - top, right - left) == net.detail_size
+        count[top:bottom, left:right] += 1
+    return count
+
+
 def test_windows_tile_the_image():
-    net = segmentor()
+    net, tiles = segmentor(), segmentor(overlap=False)
     assert len(net.windows(64, 64)) == 9
-    assert len(segmentor(overlap=False).windows(64, 64)) == 4
-    assert len(segmentor(overlap=False).windows(72, 64)) == 6
+    assert len(tiles.windows(64, 64)) == 4
+    assert len(tiles.windows(72, 64)) == 6
+    # Side by side: each pixel once. Half a window apart: the border of half
+    # a window once in its direction, all else twice.
+    assert (times_covered(tiles, 64, 64) == 1).all()
+    assert (times_covered(tiles, 32, 128) == 1).all()
+    once = torch.ones(64, dtype=torch.long)
+    once[16:48] = 2
+    assert torch.equal(times_covered(net, 64, 64),
+                       once.unsqueeze(1) * once)
+    for size in ((72, 64), (40, 96), (104, 56)):  # the last is moved back
+        for one in (net, tiles):
+            assert times_covered(one, *size).min() >= 1
     # Half of 24 is no multiple of 8.
     uneven = segmentor(detail_size=(24, 24)).windows(64, 64)
     assert all(edge % 8 == 0 for box in uneven for edge in box)
@@ -358,6 +385,94 @@ def test_stock_heads_inside(head, stride):
     with torch.no_grad():
         assert net.eval()(images()).shape == (
             2, CLASSES, 64 // stride, 64 // stride)
+
+
+STOCK = {
+    'mit-segformer': (
+        dict(type='MixVisionTransformer', embed_dims=8,
+             num_layers=[1, 1, 1, 1], num_heads=[1, 1, 1, 2]),
+        dict(SEGFORMER, in_channels=[8, 8, 8, 16], in_index=[0, 1, 2, 3]), 4),
+    'resnet-psp': (
+        dict(type='ResNetV1c', depth=18, base_channels=8, stem_channels=8,
+             strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), norm_cfg=NORM),
+        dict(type='PSPHead', in_channels=64, in_index=3, channels=8,
+             pool_scales=(1, 2), num_classes=CLASSES, norm_cfg=NORM,
+             dropout_ratio=0.), 8),
+    'resnet-aspp-plus': (
+        dict(type='ResNetV1c', depth=18, base_channels=8, stem_channels=8,
+             norm_cfg=NORM),
+        dict(type='DepthwiseSeparableASPPHead', in_channels=64, in_index=3,
+             channels=8, dilations=(1, 2), c1_in_channels=8, c1_channels=4,
+             num_classes=CLASSES, norm_cfg=NORM, dropout_ratio=0.), 4),
+    'swin-uper': (
+        dict(type='SwinTransformer', embed_dims=8, depths=[1, 1, 1, 1],
+             num_heads=[1, 1, 1, 1], window_size=4),
+        dict(UPER, in_channels=[8, 16, 32, 64], in_index=[0, 1, 2, 3]), 4),
+    'hrnet-fcn': (
+        dict(type='HRNet', norm_cfg=NORM, norm_eval=False, extra=dict(
+            stage1=dict(num_modules=1, num_branches=1, block='BASIC',
+                        num_blocks=(1, ), num_channels=(8, )),
+            stage2=dict(num_modules=1, num_branches=2, block='BASIC',
+                        num_blocks=(1, 1), num_channels=(4, 8)),
+            stage3=dict(num_modules=1, num_branches=3, block='BASIC',
+                        num_blocks=(1, 1, 1), num_channels=(4, 8, 8)),
+            stage4=dict(num_modules=1, num_branches=4, block='BASIC',
+                        num_blocks=(1, 1, 1, 1),
+                        num_channels=(4, 8, 8, 8)))),
+        dict(FCN, in_channels=[4, 8, 8, 8], in_index=[0, 1, 2, 3],
+             input_transform='resize_concat', channels=28), 4),
+    'vit-fcn': (
+        dict(type='VisionTransformer', img_size=(32, 32), patch_size=8,
+             embed_dims=8, num_layers=1, num_heads=1, mlp_ratio=2),
+        dict(FCN, in_index=0), 8)}
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_stock_networks(name):
+    """Any backbone and head, in training and with windows."""
+    backbone, head, stride = STOCK[name]
+    net = MODELS.build(dict(
+        config(head=head, divisor=2 * stride), backbone=backbone)).train()
+    losses = {key: value for key, value in
+              net.loss(images(), samples()).items() if 'loss' in key}
+    assert set(losses) == {'decode.loss_ce', 'decode.hr.loss_ce'}
+    sum(losses.values()).backward()
+    # What the plain segmentor has no use for, as stages that no head asks
+    # for, has no gradient here either.
+    plain = config(backbone=None)
+    plain.pop('detail_size')
+    plain = MODELS.build(dict(
+        plain, type='EncoderDecoder', backbone=backbone,
+        decode_head=copy.deepcopy(head))).train()
+    stock = plain.loss(images(), samples())
+    sum(value for key, value in stock.items() if 'loss' in key).backward()
+    assert unused(net) == unused(plain)
+    x = images(1)
+    net.eval()
+    with torch.no_grad():
+        outputs = net.decode_head.scales(net.extract_feat(x))
+        # Window by window.
+        alone = segmentor_windows(net, x, stride)
+    assert outputs.fused.shape[-2:] == (64 // stride, 64 // stride)
+    torch.testing.assert_close(outputs.detail, alone, rtol=1e-4, atol=1e-5)
+
+
+def unused(net):
+    """Parameters of the backbone without a gradient."""
+    return [key for key, one in net.backbone.named_parameters()
+            if one.requires_grad and one.grad is None]
+
+
+def segmentor_windows(net, x, stride):
+    """Mean of the head's logits over windows, one pass each."""
+    side = 64 // stride
+    total, count = torch.zeros(1, CLASSES, side, side), torch.zeros(side, side)
+    for box in net.windows(64, 64):
+        top, bottom, left, right = (edge // stride for edge in box)
+        total[..., top:bottom, left:right] += net.decode_head.head(
+            net.backbone(x[..., box[0]:box[1], box[2]:box[3]]))
+        count[top:bottom, left:right] += 1
+    return total / count
 
 
 @pytest.mark.parametrize('head', [

@@ -225,6 +225,53 @@ model = dict(
     assert results[4, True] == results[None, True]
 
 
+def test_validation_while_training_in_batches(config, run, tmp_path,
+                                              monkeypatch):
+    """A stock segmentor, with an average of its weights that has a copy."""
+    # mmengine spends seconds on the layout of a config.
+    monkeypatch.setattr(Config, 'pretty_text', property(lambda _: 'x = 1'))
+    config.write_text(config.read_text() + '''
+val_dataloader = test_dataloader
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_cfg = dict(type='ValLoop')
+custom_hooks = [dict(type='EMAHook')]
+''')
+    passes = []
+    stock = EncoderDecoder.encode_decode
+    monkeypatch.setattr(
+        EncoderDecoder, 'encode_decode', lambda self, inputs, metas: (
+            passes.append(tuple(inputs.shape[::2])),
+            stock(self, inputs, metas))[1])
+    weights, results = [], []
+    for batched in (None, 4):
+        passes.clear()
+        work_dir = tmp_path / f'{batched}'
+        run('train.py', config, '--work-dir', work_dir, '--cfg-options',
+            'randomness.seed=0', 'train_cfg.val_interval=1',
+            'model.test_cfg.mode=slide', 'model.test_cfg.crop_size=8,8',
+            'model.test_cfg.stride=4,4', f'model.test_cfg.batched={batched}')
+        # 9 windows in each of 4 images, validated twice
+        assert passes == [(3, 8)] * 24 if batched else [(1, 8)] * 72
+        saved = torch.load(work_dir / 'iter_2.pth', weights_only=False)
+        assert 'ema_state_dict' in saved
+        weights.append(saved['state_dict'])
+        results.append([line['mIoU'] for line in scalars(work_dir)
+                        if 'mIoU' in line])
+    for key, value in weights[0].items():
+        assert torch.equal(weights[1][key], value), key
+    assert len(results[0]) == 2 and results[0] == results[1]
+
+
+def test_windows_that_cannot_be_stop_training_at_once(config, run, tmp_path,
+                                                      monkeypatch):
+    monkeypatch.setattr(Config, 'pretty_text', property(lambda _: 'x = 1'))
+    with pytest.raises(SystemExit):
+        run('train.py', config, '--cfg-options', 'model.test_cfg.mode=slide',
+            'model.test_cfg.crop_size=8,8', 'model.test_cfg.stride=9,9',
+            'model.test_cfg.batched=4')
+    assert not list(tmp_path.rglob('*.pth'))
+
+
 SERVER = '''
 _base_ = ['tiny.py']
 image = dict(

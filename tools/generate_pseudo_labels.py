@@ -64,6 +64,7 @@ from mmseg_contrast.datasets.reader import refuse_truncated  # noqa: E402
 from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
 from mmseg_contrast.environment import allow_checkpoint_classes  # noqa: E402
 from mmseg_contrast.files import written_whole  # noqa: E402
+from mmseg_contrast.models import batched_slide  # noqa: E402
 from mmseg_contrast.ops import (  # noqa: E402
     class_thresholds,
     confidence_histogram,
@@ -368,7 +369,8 @@ def probabilities(model: nn.Module, batch: dict) -> Tensor:
     Returns:
         Tensor: float32, ``(C, H, W)``.
     """
-    scores = model.test_step(batch)[0].seg_logits.data.float()
+    with batched_slide(model):
+        scores = model.test_step(batch)[0].seg_logits.data.float()
     head = model.decode_head
     head = head[-1] if isinstance(head, nn.ModuleList) else head
     if scores.shape[0] == 1:  # mmseg has applied the sigmoid

@@ -19,6 +19,7 @@ from mmengine.runner import Runner  # noqa: E402
 from mmseg.registry import RUNNERS  # noqa: E402
 
 from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
+from mmseg_contrast.models import batched_slide  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,7 +100,8 @@ def main() -> None:
 
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(
         cfg)
-    runner.train()
+    with batched_slide(runner.model):  # where it validates
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ from .views import (
     Halves,
     PseudoLabelled,
     StrongAugment,
+    UnsureDetail,
 )
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     'EMATeacher', 'FeatureDistance', 'Halves', 'PrototypeConsistency',
     'PrototypeRectified', 'PrototypeState', 'PseudoLabelled', 'PseudoLabels',
     'ResolutionContrast', 'Segmentation', 'Step', 'StoredPseudoLabels',
-    'StrongAugment', 'SymmetricCrossEntropy', 'UDASegmentor', 'View'
+    'StrongAugment', 'SymmetricCrossEntropy', 'UDASegmentor', 'UnsureDetail',
+    'View'
 ]

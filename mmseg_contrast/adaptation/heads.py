@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..models.classifier_input import Seen
 from ..ops import crop_to_box
-from ..ops.crop_box import Box
+from ..ops.crop_box import AnyBox
 from .losses import IGNORE, WeightParts, check_loss, weighted_loss
 
 
@@ -41,11 +41,11 @@ class Target:
     parts: WeightParts | None = None
     edges: Tensor | None = None
 
-    def crop(self, box: Box) -> Target:
+    def crop(self, box: AnyBox) -> Target:
         """The same inside a box.
 
         Args:
-            box (Box): In pixels: top, bottom, left, right.
+            box (AnyBox): In pixels: top, bottom, left, right.
         """
         def cut(maps: Tensor | None) -> Tensor | None:
             return None if maps is None else crop_to_box(maps, box)
@@ -138,7 +138,7 @@ class PlainHead:
         return seen.features
 
     def resolutions(self, outputs: Any, seen: Seen
-                    ) -> list[tuple[Tensor | None, Box | None]]:
+                    ) -> list[tuple[Tensor | None, AnyBox | None]]:
         """What is classified at each resolution, with the box it shows.
 
         Args:
@@ -367,7 +367,7 @@ class MultiScaleHead(PlainHead):
         return outputs.context_features
 
     def resolutions(self, outputs: Any, seen: Seen
-                    ) -> list[tuple[Tensor | None, Box | None]]:
+                    ) -> list[tuple[Tensor | None, AnyBox | None]]:
         """The context's, and the detail's."""
         return [(outputs.context_features, None),
                 (outputs.detail_features, outputs.box)]
@@ -415,7 +415,7 @@ class WholeHead:
         return seen.features
 
     def resolutions(self, outputs: Any, seen: Seen
-                    ) -> list[tuple[Tensor | None, Box | None]]:
+                    ) -> list[tuple[Tensor | None, AnyBox | None]]:
         """See :meth:`PlainHead.resolutions`."""
         return [(seen.features, None)]
 

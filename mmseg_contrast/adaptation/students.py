@@ -12,10 +12,15 @@ from mmengine.config import ConfigDict
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from torch import Tensor, nn
 
-from ..models import ContrastHead, HRDASegmentor, windows_per_pass
+from ..models import (
+    ContrastHead,
+    ContrastLoss,
+    HRDASegmentor,
+    windows_per_pass,
+)
 from ..models.classifier_input import Seen, classifier_input
 from ..ops import forked_rng, generator_at
-from ..ops.crop_box import Box
+from ..ops.crop_box import AnyBox
 from .heads import Target, adapt_head
 from .view import View
 
@@ -69,7 +74,9 @@ def check_segmentor(segmentor: nn.Module) -> None:
     for method in _TRAINING:
         own = getattr(type(segmentor), method)
         if own not in (getattr(EncoderDecoder, method),
-                       getattr(CascadeEncoderDecoder, method)):
+                       getattr(CascadeEncoderDecoder, method),
+                       # Stock losses, but for contrast heads.
+                       getattr(ContrastLoss, method, None)):
             raise ValueError(
                 f'model.segmentor.type = {name} cannot be adapted: it has a '
                 f'{method}() of its own, which knows no pixel weights.')
@@ -137,7 +144,8 @@ class StudentAdapter:
                     f'the view {view.name!r} has inputs for the backbone '
                     f'besides images ({sorted(view.inputs)}), which '
                     'HRDASegmentor cannot crop.')
-            return self.segmentor.multi_scale(view.images, generator)
+            return self.segmentor.multi_scale(
+                view.images, generator, view.detail)
         own = type(self.segmentor).extract_feat
         if own is not EncoderDecoder.extract_feat and not view.inputs:
             return None, self.segmentor.extract_feat(view.images)
@@ -257,7 +265,7 @@ class StudentOutput:
         return head.classified(self._head(name)[0], self._seen)
 
     @property
-    def resolutions(self) -> list[tuple[Tensor | None, Box | None]]:
+    def resolutions(self) -> list[tuple[Tensor | None, AnyBox | None]]:
         """What the last decode head classifies, at each resolution.
 
         Maps ``(N, D, h, w)``, as :attr:`decoder_features`, with the box of

@@ -37,6 +37,8 @@ class View:
             ``origin`` (bool ``(N, H, W)``, True where a mixed pixel comes
             from the source).
         inputs (dict): Further keywords for the backbone.
+        detail (str): Where a student of two resolutions takes its detail,
+            see :meth:`.HRDASegmentor.multi_scale`.
     """
 
     name: str
@@ -50,6 +52,7 @@ class View:
     metas: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    detail: str = 'random'
 
     def replace(self, **changes: Any) -> View:
         """A copy with some fields changed (tensors are shared)."""

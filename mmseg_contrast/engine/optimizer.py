@@ -26,7 +26,9 @@ class UDAOptimWrapperConstructor:
     The stock constructor sees ``model.segmentor``, so ``custom_keys`` and
     layer decay find the names of the plain config (``backbone.*``). Trainable
     parameters of objectives, views and the like follow with the base learning
-    rate and weight decay; teachers and frozen parameters get into no group.
+    rate and weight decay, times those of the first of ``custom_keys``, the
+    longest first, that is part of their name, ``objectives.cluda.weighter``
+    for example; teachers and frozen parameters get into no group.
     Groups with equal hyper-parameters are merged: stock constructors make one
     group per tensor, which defeats the foreach and fused optimizers. A model
     without ``segmentor`` is treated as the student itself.
@@ -46,6 +48,7 @@ class UDAOptimWrapperConstructor:
                  paramwise_cfg: dict | None = None) -> None:
         cfg = copy.deepcopy(optim_wrapper_cfg)
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        self.custom_keys = dict((paramwise_cfg or {}).get('custom_keys', {}))
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(
                 type=base,
@@ -78,7 +81,8 @@ class UDAOptimWrapperConstructor:
             optim_wrapper = self.base(student)
         optimizer = optim_wrapper.optimizer
         drop_frozen(optimizer)
-        add_parameters(optimizer, trainable_extras(model, student))
+        add_parameters(optimizer, trainable_extras(model, student),
+                       self.custom_keys)
         merge_groups(optimizer)
         print_log(describe_groups(optimizer), logger='current')
         return optim_wrapper
@@ -134,15 +138,31 @@ def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
 
 
 def add_parameters(optimizer: torch.optim.Optimizer,
-                   named: list[tuple[str, nn.Parameter]]) -> None:
-    """Add a group with the optimizer's base settings, if there is any."""
-    if not named:
-        return
-    group: dict[str, Any] = dict(params=[p for _, p in named])
-    # torch wants names in every group or in none; layer decay gives them.
-    if 'param_names' in optimizer.param_groups[0]:
-        group['param_names'] = [name for name, _ in named]
-    optimizer.add_param_group(group)
+                   named: list[tuple[str, nn.Parameter]],
+                   custom_keys: Mapping[str, Mapping] | None = None) -> None:
+    """Add a group for each parameter, with the optimizer's base settings.
+
+    Args:
+        optimizer (torch.optim.Optimizer): The optimizer, changed in place.
+        named (list): Parameters with their names.
+        custom_keys (Mapping, optional): As in ``paramwise_cfg``; of each key
+            ``lr_mult`` and ``decay_mult`` count.
+    """
+    # The order in which stock constructors look for a key in a name.
+    keys = sorted(sorted(custom_keys or {}), key=len, reverse=True)
+    for name, parameter in named:
+        group: dict[str, Any] = dict(params=[parameter])
+        own = next(((custom_keys or {})[key] for key in keys if key in name),
+                   {})
+        for setting, factor in (('lr', 'lr_mult'),
+                                ('weight_decay', 'decay_mult')):
+            base = optimizer.defaults.get(setting)
+            if factor in own and base is not None:
+                group[setting] = base * own[factor]
+        # torch wants names in every group or in none; layer decay gives them.
+        if 'param_names' in optimizer.param_groups[0]:
+            group['param_names'] = [name]
+        optimizer.add_param_group(group)
 
 
 def merge_groups(optimizer: torch.optim.Optimizer) -> None:

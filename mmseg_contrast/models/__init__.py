@@ -2,7 +2,7 @@
 
 from .clock import Clock
 from .contrast_head import ContrastHead, Pixels
-from .contrast_segmentor import ContrastEncoderDecoder
+from .contrast_segmentor import ContrastEncoderDecoder, ContrastLoss
 from .daformer_head import DAFormerHead
 from .data_preprocessor import DomainDataPreprocessor
 from .dlv2_head import DLV2Head
@@ -17,7 +17,7 @@ from .tta import UDATTAModel
 
 __all__ = [
     'ASPPFusion', 'BatchedSlide', 'Clock', 'ContrastEncoderDecoder',
-    'ContrastHead', 'ConvFusion', 'DAFormerHead', 'DLV2Head',
+    'ContrastHead', 'ContrastLoss', 'ConvFusion', 'DAFormerHead', 'DLV2Head',
     'DomainDataPreprocessor', 'HRDAHead', 'HRDASegmentor', 'ISAFusion',
     'MultiScale', 'Pixels', 'Projection', 'ReferenceMixVisionTransformer',
     'ScaleLogits', 'UDATTAModel', 'batched_slide', 'windows_per_pass'

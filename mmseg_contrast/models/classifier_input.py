@@ -28,7 +28,8 @@ def classifier_input(head: nn.Module) -> Iterator[Seen]:
     """See what a head classifies while it runs inside the block.
 
     Heads of mmseg end with ``cls_seg``: dropout, then the convolution
-    ``conv_seg``. Of several such calls the last counts.
+    ``conv_seg``. Of several such calls the last counts. Of an HRDAHead it is
+    the features of the context, and the fused logits.
 
     Args:
         head (nn.Module): A decode head, or a list of them (a cascade), of
@@ -40,6 +41,14 @@ def classifier_input(head: nn.Module) -> Iterator[Seen]:
     if isinstance(head, nn.ModuleList):
         head = head[-1]
     seen = Seen()
+    watchers = getattr(head, 'watchers', None)
+    if isinstance(watchers, list):  # a head that says it itself
+        watchers.append(seen)
+        try:
+            yield seen
+        finally:
+            watchers[:] = [one for one in watchers if one is not seen]
+        return
     classifier = getattr(head, 'conv_seg', None)
     if not isinstance(classifier, nn.Module):
         yield seen

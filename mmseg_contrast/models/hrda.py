@@ -12,17 +12,20 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import crop_to_box, draw_crop_box, slide_boxes
+from ..ops import crop_to_box, draw_crop_box, slide_boxes, unsure_box
 from ..ops.crop_box import Box
+from .contrast_segmentor import ContrastLoss
 from .multi_scale import MultiScale
 from .slide import BatchedSlide
 
+#: Where the detail can be taken in training.
+DETAILS = ('random', 'unsure')
 #: Outputs of the backbone and of the neck.
 _BothStages = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 @MODELS.register_module()
-class HRDASegmentor(BatchedSlide, EncoderDecoder):
+class HRDASegmentor(ContrastLoss, BatchedSlide, EncoderDecoder):
     """An EncoderDecoder at two resolutions (Hoyer et al., ECCV 2022).
 
     In training, the context is the image at half its size, the detail a crop
@@ -161,13 +164,20 @@ class HRDASegmentor(BatchedSlide, EncoderDecoder):
             images, size, mode='bilinear', align_corners=False)
 
     def multi_scale(self, images: Tensor,
-                    generator: torch.Generator | None = None
+                    generator: torch.Generator | None = None,
+                    detail: str = 'random'
                     ) -> tuple[MultiScale, MultiScale]:
         """Features of context and detail.
 
         Args:
             images (Tensor): ``(N, 3, H, W)``.
             generator (torch.Generator, optional): For :meth:`draw_box`.
+            detail (str): Where the detail of a training crop is: at one
+                place for the batch, as :meth:`draw_box` says; or, 'unsure',
+                in that one of :meth:`windows` where the context's
+                prediction has the highest mean entropy, for each image
+                (CLUDA). The backbone then runs twice, since the context
+                comes first.
 
         Returns:
             tuple: What the backbone gives, and what the heads get; the same
@@ -175,8 +185,11 @@ class HRDASegmentor(BatchedSlide, EncoderDecoder):
 
         Raises:
             ValueError: If a training crop is no multiple of ``divisor``, or
-                smaller than the detail.
+                smaller than the detail, or ``detail`` is unknown.
         """
+        if detail not in DETAILS:
+            raise ValueError(f'detail must be one of {DETAILS}, got '
+                             f'{detail!r}.')
         height, width = size = tuple(images.shape[-2:])
         below, right = -height % self.divisor, -width % self.divisor
         if not self.training:
@@ -187,14 +200,29 @@ class HRDASegmentor(BatchedSlide, EncoderDecoder):
                 'HRDASegmentor needs training crops whose sides are multiples '
                 f'of divisor = {self.divisor}, got {height} x {width}; '
                 'change crop_size.')
+        elif detail == 'unsure':
+            return self._where_unsure(images)
         else:
             boxes = [self.draw_box(height, width, generator)]
         crops = torch.cat([crop_to_box(images, box) for box in boxes])
-        context, detail = self._encode(self.context(images), crops)
+        context, chunks = self._encode(self.context(images), crops)
         padded = tuple(images.shape[-2:])
         before, after = (MultiScale(
-            context[i], [chunk[i] for chunk in detail], tuple(boxes),
+            context[i], [chunk[i] for chunk in chunks], tuple(boxes),
             self.factor, self.divisor, size, padded) for i in range(2))
+        return before, after
+
+    def _where_unsure(self, images: Tensor) -> tuple[MultiScale, MultiScale]:
+        """The same in training, with the detail where the context says."""
+        size = tuple(images.shape[-2:])
+        context = self._stages(self.context(images))
+        seen = self.decode_head.look(context[1])
+        box = unsure_box(seen.logits, self.windows(*size),
+                         size[0] // seen.logits.shape[-2])
+        detail = self._stages(crop_to_box(images, box))
+        before, after = (MultiScale(
+            context[i], [detail[i]], box, self.factor, self.divisor, size,
+            size, looked) for i, looked in enumerate((None, seen)))
         return before, after
 
     def _encode(self, context: Tensor, crops: Tensor

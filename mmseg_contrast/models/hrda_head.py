@@ -19,9 +19,15 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import crop_to_box, fuse_detail, merge_windows, scale_box
-from ..ops.crop_box import Box
-from .classifier_input import classifier_input
+from ..ops import (
+    box_size,
+    crop_to_box,
+    fuse_detail,
+    merge_windows,
+    scale_box,
+)
+from ..ops.crop_box import AnyBox
+from .classifier_input import Seen, classifier_input
 from .multi_scale import MultiScale
 
 #: SegFormer's decoder with 256 channels: the published attention.
@@ -45,7 +51,8 @@ class ScaleLogits:
             from windows.
         attention (Tensor): In [0, 1], ``(N, C or 1, h', w')``, the context's
             size; not masked by the box.
-        box (Box, optional): The detail's, in pixels. None: all of the image.
+        box (AnyBox, optional): The detail's, in pixels. None: all of the
+            image.
         context_features (Tensor, optional): What was classified in the
             context, before dropout; None if the head does not end with
             mmseg's cls_seg.
@@ -57,7 +64,7 @@ class ScaleLogits:
     context: Tensor
     detail: Tensor
     attention: Tensor
-    box: Box | None
+    box: AnyBox | None
     context_features: Tensor | None
     detail_features: Tensor | None
 
@@ -115,6 +122,8 @@ class HRDAHead(BaseModule):
                 f'{context_weight}.')
         self.head = MODELS.build(head)
         _check_plain(self.head)
+        # Heads change theirs with input_transform='resize_concat'.
+        self.stage_channels = head['in_channels']
         self.detail_weight = detail_weight
         self.context_weight = context_weight
         self.fixed_attention: float | None = None
@@ -124,13 +133,14 @@ class HRDAHead(BaseModule):
                                  f'in [0, 1], got {attention}.')
             self.fixed_attention = float(attention)
         else:
-            self.scale_attention = MODELS.build(_attention_config(
-                head, self.head, attention, classwise))
+            self.scale_attention = self.companion(attention, classwise)
         self.num_classes = self.head.num_classes
         self.out_channels = self.head.out_channels
         self.threshold = self.head.threshold
         self.align_corners = self.head.align_corners
         self.ignore_index = self.head.ignore_index
+        #: Who looks at what is classified, see :func:`.classifier_input`.
+        self.watchers: list[Seen] = []
 
     @property
     def loss_decode(self) -> nn.Module:
@@ -141,6 +151,44 @@ class HRDAHead(BaseModule):
     def sampler(self) -> Any:
         """Pixel sampler of the inner head, see mmseg."""
         return self.head.sampler
+
+    def companion(self, config: dict, classwise: bool = False) -> nn.Module:
+        """Another head on the same stages, such as the attention.
+
+        Args:
+            config (dict): Of a head, completed from this one's: see the
+                argument ``attention``.
+            classwise (bool): Whether it has a logit for each class, or one.
+
+        Returns:
+            nn.Module: The head.
+        """
+        config = dict(config) if 'type' in config else {
+            **ATTENTION, **config}
+        inherited = {key: getattr(self.head, key) for key in _INHERITED}
+        inherited['in_channels'] = self.stage_channels
+        if config['type'] == 'DAFormerHead':
+            for key in ('in_channels', 'in_index'):
+                if isinstance(inherited[key], int):
+                    inherited[key] = [inherited[key]]
+        channels = dict(num_classes=1, out_channels=1, threshold=0.5)
+        if classwise:
+            channels = {key: getattr(self.head, key) for key in channels}
+        return MODELS.build({**inherited, **config, **channels})
+
+    def look(self, stages: Sequence[Tensor]) -> Seen:
+        """Decode the context.
+
+        Args:
+            stages (Sequence[Tensor]): Its stages.
+
+        Returns:
+            Seen: What was classified (None if the head does not end with
+            mmseg's cls_seg), and the logits.
+        """
+        with classifier_input(self.head) as seen:
+            logits = self.head(stages)
+        return Seen(seen.features, logits)
 
     def attend(self, features: Sequence[Tensor], context: Tensor) -> Tensor:
         """How much the detail is trusted.
@@ -177,24 +225,33 @@ class HRDAHead(BaseModule):
             raise ValueError(
                 'HRDAHead decodes two resolutions: set the type of the '
                 "segmentor that it is the decode head of to 'HRDASegmentor'.")
-        with classifier_input(self.head) as seen:
-            context = self.head(features.context)
+        seen = features.seen or self.look(features.context)
+        context = seen.logits
+        assert context is not None
         attention = self.attend(features.context, context)
         with classifier_input(self.head) as closer:
             detail = self._detail(features.detail)
         stride = _stride(features, detail)
-        boxes = [scale_box(box, stride) for box in features.boxes]
-        box = features.boxes[0] if len(boxes) == 1 else None
+        box = features.box
         if box is None:
-            height, width = features.padded
-            detail = merge_windows(
-                detail.unflatten(0, (len(boxes), -1)), boxes,
-                (height // stride, width // stride))
+            detail = self._merged(detail, features, stride)
         fused = fuse_detail(
-            context, detail, attention, boxes[0] if box else None,
+            context, detail, attention,
+            None if box is None else scale_box(box, stride),
             features.factor, self.align_corners)
-        return ScaleLogits(fused, context, detail, attention, box,
-                           seen.features, closer.features if box else None)
+        for watcher in self.watchers:
+            watcher.features, watcher.logits = seen.features, fused
+        return ScaleLogits(
+            fused, context, detail, attention, box, seen.features,
+            None if box is None else closer.features)
+
+    def _merged(self, detail: Tensor, features: MultiScale, stride: int
+                ) -> Tensor:
+        """Logits of the whole image from those of windows."""
+        boxes = [scale_box(box, stride) for box in features.windows]
+        height, width = (side // stride for side in features.padded)
+        return merge_windows(
+            detail.unflatten(0, (len(boxes), -1)), boxes, (height, width))
 
     def _detail(self, chunks: Sequence[Sequence[Tensor]]) -> Tensor:
         """Logits of all boxes; in one pass where a norm sees the batch."""
@@ -215,7 +272,7 @@ class HRDAHead(BaseModule):
         return self.scales(inputs).fused
 
     def weighted_parts(self, outputs: ScaleLogits
-                       ) -> list[tuple[str, float, Tensor, Box | None]]:
+                       ) -> list[tuple[str, float, Tensor, AnyBox | None]]:
         """What is learnt from: prefix of the log, weight, logits, box.
 
         Args:
@@ -292,32 +349,15 @@ def _check_plain(head: nn.Module) -> None:
             'one map, such as DAFormerHead, SegformerHead or UPerHead.')
 
 
-def _attention_config(head_config: dict, head: nn.Module, attention: dict,
-                      classwise: bool) -> dict:
-    """The config of the attention, completed from the head's."""
-    config = dict(attention) if 'type' in attention else {
-        **ATTENTION, **attention}
-    inherited = {key: getattr(head, key) for key in _INHERITED}
-    inherited['in_channels'] = head_config['in_channels']
-    if config['type'] == 'DAFormerHead':
-        for key in ('in_channels', 'in_index'):
-            if isinstance(inherited[key], int):
-                inherited[key] = [inherited[key]]
-    channels = dict(num_classes=1, out_channels=1, threshold=0.5)
-    if classwise:
-        channels = {key: getattr(head, key) for key in channels}
-    return {**inherited, **config, **channels}
-
-
 def _stride(features: MultiScale, detail: Tensor) -> int:
     """Pixels for each cell of the detail's logits."""
-    top, bottom, left, right = features.boxes[0]
+    high, wide = box_size(features.box or features.windows[0])
     height, width = detail.shape[-2:]
-    stride = (bottom - top) // height
-    if (bottom - top, right - left) != (height * stride, width * stride):
+    stride = high // height
+    if (high, wide) != (height * stride, width * stride):
         raise ValueError(
             f'the head of HRDAHead gives {height} x {width} logits for '
-            f'{bottom - top} x {right - left} pixels: that is no whole '
+            f'{high} x {wide} pixels: that is no whole '
             'number of pixels for each; use another HRDASegmentor.'
             'detail_size, or a head with another stride.')
     coarse = stride * features.factor

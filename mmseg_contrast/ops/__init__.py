@@ -30,7 +30,17 @@ from .contrast import (
     variance_energies,
 )
 from .contrast_keys import class_contrast_loss, pair_contrast_loss
-from .crop_box import crop_to_box, draw_crop_box, scale_box, slide_boxes
+from .crop_box import (
+    BoxOfEach,
+    box_size,
+    crop_to_box,
+    draw_crop_box,
+    places_in_box,
+    put_on_canvas,
+    scale_box,
+    slide_boxes,
+    within_box,
+)
 from .ema import annealed_alpha, ema_update
 from .feature_distance import masked_feature_distance
 from .fusion import fuse_detail, merge_windows
@@ -91,33 +101,35 @@ from .sampling import (
 )
 from .sliding import slide_windows
 from .transport import class_sinkhorn
+from .unsure_box import unsure_box
 
 __all__ = [
-    'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
-    'bilinear_at', 'block_grid', 'block_mask', 'blocks_of_classes',
-    'box_counts', 'centres', 'check_choice', 'choose_classes',
-    'choose_offsets', 'class_contrast_loss', 'class_mask', 'class_moments',
-    'class_sinkhorn', 'class_thresholds', 'class_variance', 'color_jitter',
-    'complement_weights', 'confidence_histogram', 'confident_fraction',
-    'contrast_loss', 'contrast_regularizer', 'crop_to_box', 'crop_windows',
-    'downscale_labels', 'draw_crop_box', 'draw_offsets', 'draw_per_group',
-    'ema_update', 'entropy_threshold', 'except_self', 'forked_rng',
-    'fuse_detail', 'gather_moments', 'gather_new', 'gaussian_blur',
-    'gaussian_energies', 'generator_at', 'hard_and_easy', 'hard_labels',
-    'hardest_negatives', 'hide_blocks', 'ignored_last', 'image_class_means',
-    'joint_weights', 'known_labels', 'labels_at', 'logit_probabilities',
-    'masked_feature_distance', 'merge_moments', 'merge_windows', 'mix',
-    'mixed_energies', 'moved_prototypes', 'normalized', 'over_thresholds',
-    'own_class', 'own_probability', 'pair_contrast_loss', 'pixel_entropy',
-    'place_weights', 'pool_moments', 'position_seed', 'present_classes',
-    'prototype_consistency', 'prototype_distances', 'prototype_energies',
-    'prototype_scores', 'push', 'push_members', 'queue_negatives',
-    'rank_in_groups', 'reco_loss', 'rectified', 'reference_blur_radius',
-    'resolution_contrast', 'same_label', 'same_label_across_images',
-    'same_pair', 'sampled_contrast_loss', 'scale_box',
-    'similar_class_negatives', 'slide_boxes', 'slide_windows', 'split_weights',
-    'symmetric_cross_entropy', 'teacher_topk', 'temperature_scale',
-    'top_scored', 'top_scored_members', 'u2pl_loss', 'uniform_divergence',
-    'unreliable_class_members', 'variance_energies', 'within',
+    'BoxOfEach', 'annealed_alpha', 'balance_scores', 'bank_energies',
+    'bank_positives', 'bilinear_at', 'block_grid', 'block_mask',
+    'blocks_of_classes', 'box_counts', 'box_size', 'centres', 'check_choice',
+    'choose_classes', 'choose_offsets', 'class_contrast_loss', 'class_mask',
+    'class_moments', 'class_sinkhorn', 'class_thresholds', 'class_variance',
+    'color_jitter', 'complement_weights', 'confidence_histogram',
+    'confident_fraction', 'contrast_loss', 'contrast_regularizer',
+    'crop_to_box', 'crop_windows', 'downscale_labels', 'draw_crop_box',
+    'draw_offsets', 'draw_per_group', 'ema_update', 'entropy_threshold',
+    'except_self', 'forked_rng', 'fuse_detail', 'gather_moments', 'gather_new',
+    'gaussian_blur', 'gaussian_energies', 'generator_at', 'hard_and_easy',
+    'hard_labels', 'hardest_negatives', 'hide_blocks', 'ignored_last',
+    'image_class_means', 'joint_weights', 'known_labels', 'labels_at',
+    'logit_probabilities', 'masked_feature_distance', 'merge_moments',
+    'merge_windows', 'mix', 'mixed_energies', 'moved_prototypes', 'normalized',
+    'over_thresholds', 'own_class', 'own_probability', 'pair_contrast_loss',
+    'pixel_entropy', 'place_weights', 'places_in_box', 'pool_moments',
+    'position_seed', 'present_classes', 'prototype_consistency',
+    'prototype_distances', 'prototype_energies', 'prototype_scores', 'push',
+    'push_members', 'put_on_canvas', 'queue_negatives', 'rank_in_groups',
+    'reco_loss', 'rectified', 'reference_blur_radius', 'resolution_contrast',
+    'same_label', 'same_label_across_images', 'same_pair',
+    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
+    'slide_boxes', 'slide_windows', 'split_weights', 'symmetric_cross_entropy',
+    'teacher_topk', 'temperature_scale', 'top_scored', 'top_scored_members',
+    'u2pl_loss', 'uniform_divergence', 'unreliable_class_members',
+    'unsure_box', 'variance_energies', 'within', 'within_box',
     'without_classes',
 ]

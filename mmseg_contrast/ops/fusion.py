@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .crop_box import Box, crop_to_box, scale_box
-
-
-def _on_canvas(part: Tensor, box: Box, size: Sequence[int]) -> Tensor:
-    """Zeros of ``size`` with the part in its box."""
-    top, bottom, left, right = box
-    return F.pad(part, (left, size[1] - right, top, size[0] - bottom))
+from .crop_box import (
+    AnyBox,
+    Box,
+    box_size,
+    crop_to_box,
+    put_on_canvas,
+    scale_box,
+)
 
 
 def fuse_detail(context: Tensor,
                 detail: Tensor,
                 attention: Tensor,
-                box: Box | None = None,
+                box: AnyBox | None = None,
                 factor: int = 2,
                 align_corners: bool = False) -> Tensor:
     r"""Detail where the attention says so, context elsewhere.
@@ -40,8 +41,8 @@ def fuse_detail(context: Tensor,
         detail (Tensor): d, logits of the box, ``(N, C, H', W')``.
         attention (Tensor): a in [0, 1], ``(N, C, h, w)`` or
             ``(N, 1, h, w)``.
-        box (Box, optional): Where the detail lies, in its own cells. None if
-            it covers the image, as that of sliding windows does.
+        box (AnyBox, optional): Where the detail lies, in its own cells. None
+            if it covers the image, as that of sliding windows does.
         factor (int): Cells of the detail for each of the context's. Without
             a box the detail's own size is what counts.
         align_corners (bool): Of the bilinear up-sampling.
@@ -56,16 +57,16 @@ def fuse_detail(context: Tensor,
     """
     size = detail.shape[-2:]
     if box is not None:
-        top, bottom, left, right = box
-        if size != (bottom - top, right - left):
+        if size != box_size(box):
             raise ValueError(
                 f'logits of {size[0]} x {size[1]} cells do not fill the box '
                 f'{box} (top, bottom, left, right)')
         coarse = context.shape[-2:]
         size = torch.Size(side * factor for side in coarse)
         inside = scale_box(box, factor)
-        attention = _on_canvas(crop_to_box(attention, inside), inside, coarse)
-        detail = _on_canvas(detail, box, size)
+        attention = put_on_canvas(
+            crop_to_box(attention, inside), inside, coarse)
+        detail = put_on_canvas(detail, box, size)
 
     def up(maps: Tensor) -> Tensor:
         return F.interpolate(

@@ -35,8 +35,9 @@ def bilinear_at(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Args:
         maps (Tensor): ``(N, D, h, w)``.
         rows (Tensor): Vertical places as shares of the side, from 0, the
-            upper edge, to 1, the lower edge, ``(r,)``.
-        columns (Tensor): Horizontal ones, ``(c,)``.
+            upper edge, to 1, the lower edge, ``(r,)``; ``(N, r)`` if they
+            differ from map to map.
+        columns (Tensor): Horizontal ones, ``(c,)`` or ``(N, c)``.
 
     Returns:
         Tensor: ``(N, D, r, c)``, float32 or wider.
@@ -47,11 +48,17 @@ def bilinear_at(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         down, right = (_tents(places.to(dtype), side) for places, side in (
             (rows, height), (columns, width)))
         # Columns first: what is written is smaller than what is read.
-        return down @ (maps.to(dtype) @ right.T)
+        return down @ (maps.to(dtype) @ right.mT)
 
 
 def _tents(places: Tensor, side: int) -> Tensor:
-    """Shares of each cell in each place, ``(n, side)``."""
+    """Shares of each cell in each place, ``(n, side)``, ``(N, 1, n, side)``.
+
+    Args:
+        places (Tensor): ``(n,)`` or ``(N, n)``.
+        side (int): Number of cells.
+    """
     cells = (places * side - 0.5).clamp(0, side - 1)
     number = torch.arange(side, device=places.device, dtype=places.dtype)
-    return (1 - (cells.unsqueeze(1) - number).abs()).clamp_min(0)
+    shares = (1 - (cells.unsqueeze(-1) - number).abs()).clamp_min(0)
+    return shares if places.dim() == 1 else shares.unsqueeze(1)

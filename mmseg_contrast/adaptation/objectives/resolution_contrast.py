@@ -13,11 +13,13 @@ from ...models import HRDASegmentor
 from ...ops import (
     bilinear_at,
     centres,
+    forked_rng,
     known_labels,
     labels_at,
+    places_in_box,
     resolution_contrast,
+    within_box,
 )
-from ...ops.crop_box import Box
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -33,8 +35,8 @@ class ResolutionContrast(nn.Module):
     which all pixels are anchors and keys, those of the batch as one set.
 
     With HRDA, pixels of the context are compared with each other and with
-    those of the detail; a 1 x 1 convolution on the context, trained with the
-    rest, says how much each pair counts in which of both
+    those of the detail; a weighter on the context, trained with the rest,
+    says how much each pair counts in which of both
     (:func:`mmseg_contrast.ops.resolution_contrast`). Outside of the detail's
     box that is 0: there is one resolution only, and the context stands in
     for the detail. Any other student has the contrast within its one map.
@@ -53,10 +55,15 @@ class ResolutionContrast(nn.Module):
         size (int): Rows and columns of the grid at most; it has no more than
             the map itself.
         start (int): Iterations before it begins.
+        weighter (dict, optional): Of HRDA, what says how much a pair counts
+            in which loss: a head with one logit on the context's stages, as
+            published. Completed as HRDAHead's ``attention``, so ``dict()``
+            is SegFormer's decoder with 256 channels. None: a 1 x 1
+            convolution on what the decode head classifies in the context.
 
     Raises:
         ValueError: If an argument is out of range, or the decode head has no
-            classifier of mmseg's kind.
+            classifier of mmseg's kind, or there is nothing to weigh.
     """
 
     update_norm = False
@@ -68,7 +75,8 @@ class ResolutionContrast(nn.Module):
                  weight: float = 1.,
                  tau: float = 1.,
                  size: int = 65,
-                 start: int = 0) -> None:
+                 start: int = 0,
+                 weighter: dict | None = None) -> None:
         super().__init__()
         where = 'model.objectives.*'
         if isinstance(views, str) or not views:
@@ -87,16 +95,34 @@ class ResolutionContrast(nn.Module):
         self.tau = tau
         self.size = size
         self.start = start
-        self.weighter: nn.Conv2d | None = None
-        if isinstance(student, HRDASegmentor):
-            classifier = getattr(student.decode_head.head, 'conv_seg', None)
-            if not isinstance(classifier, nn.Conv2d):
-                raise ValueError(_not_seen(where))
-            # Both halves alike at first, without a draw: another part's
-            # weights are the same without this one.
+        self.weighter: nn.Module | None = None
+        if not isinstance(student, HRDASegmentor):
+            if weighter is not None:
+                raise ValueError(
+                    f'{where}.weighter shares pixels between two resolutions,'
+                    f' but model.segmentor.type = {type(student).__name__} '
+                    'has one: remove it.')
+            return
+        classifier = getattr(student.decode_head.head, 'conv_seg', None)
+        if not isinstance(classifier, nn.Conv2d):
+            raise ValueError(_not_seen(where))
+        # Draws of its own: another part's weights are the same without it.
+        with torch.random.fork_rng(devices=[]):
+            if weighter is not None:
+                # Under the name by which configs raise the rate of heads.
+                self.weighter = nn.ModuleDict(dict(
+                    head=student.decode_head.companion(weighter)))
+                return
             self.weighter = nn.Conv2d(classifier.in_channels, 1, 1)
-            nn.init.zeros_(self.weighter.weight)
-            nn.init.zeros_(self.weighter.bias)
+        # Both losses alike at first.
+        nn.init.zeros_(self.weighter.weight)
+        nn.init.zeros_(self.weighter.bias)
+
+    def init_weights(self) -> None:
+        """Those of the weighter, if it is a head."""
+        if isinstance(self.weighter, nn.ModuleDict):
+            with torch.random.fork_rng(devices=[]):
+                self.weighter['head'].init_weights()
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The contrast of each view, times the weight.
@@ -137,20 +163,30 @@ class ResolutionContrast(nn.Module):
         detail = attention = None
         for features, box in closer:  # at most one
             assert features is not None and box is not None
-            assert self.weighter is not None
-            inside = _within(rows, columns, box)
-            top, bottom, left, right = box
-            fine = bilinear_at(features, (rows - top) / (bottom - top),
-                               (columns - left) / (right - left))
+            inside = within_box(rows, columns, box)
+            fine = bilinear_at(features, *places_in_box(rows, columns, box))
             # Keys outside of the box would be vectors of 0 otherwise, with
             # the whole weight of their pairs.
             detail = _rows(fine.where(inside, coarse))
-            scores = self.weighter(coarse).to(coarse.dtype).sigmoid()
+            scores = self._scores(step, name, coarse, (
+                rows / height, columns / width)).to(coarse.dtype).sigmoid()
             step.log(f'{name}.context_attention', _mean(scores, inside))
             attention = (scores * inside).flatten()
         return self.weight * resolution_contrast(
             _rows(coarse), labels.flatten(), detail, attention,
             None if weights is None else weights.flatten(), self.tau)
+
+    def _scores(self, step: Step, name: str, context: Tensor,
+                places: tuple[Tensor, Tensor]) -> Tensor:
+        """What the weighter gives for each place, ``(N, 1, r, c)``."""
+        if not isinstance(self.weighter, nn.ModuleDict):
+            assert self.weighter is not None
+            return self.weighter(context)
+        # Its dropout draws from torch's own generators.
+        with forked_rng(context.device, step.seed, step.rank, step.iteration,
+                        type(self).__name__, name):
+            maps = self.weighter['head'](step.student(name).features)
+        return bilinear_at(maps, *places)
 
     def _targets(self, view: View, labels: Tensor, size: Sequence[int]
                  ) -> tuple[Tensor, Tensor | None]:
@@ -177,17 +213,10 @@ class ResolutionContrast(nn.Module):
                    features.sum() * 0)
 
 
-def _within(rows: Tensor, columns: Tensor, box: Box) -> Tensor:
-    """Which places lie in a box, bool ``(r, c)``."""
-    top, bottom, left, right = box
-    vertical = (rows >= top) & (rows < bottom)
-    return vertical.unsqueeze(1) & (columns >= left) & (columns < right)
-
-
 def _mean(maps: Tensor, inside: Tensor) -> Tensor:
     """Mean of maps ``(N, 1, r, c)`` over the places inside."""
-    number = inside.sum().clamp_min(1) * len(maps)
-    return (maps.detach() * inside).sum() / number
+    inside = inside.expand_as(maps)
+    return (maps.detach() * inside).sum() / inside.sum().clamp_min(1)
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from .class_mix import ClassMix
 from .halves import Halves
 from .pseudo_labelled import PseudoLabelled
 from .strong_augment import StrongAugment
+from .unsure_detail import UnsureDetail
 
 __all__ = [
     'BalancedCrop', 'BlockMask', 'ClassMix', 'Halves', 'PseudoLabelled',
-    'StrongAugment'
+    'StrongAugment', 'UnsureDetail'
 ]
