@@ -68,12 +68,11 @@ def test_other_errors_are_not():
 
 def test_advice_names_what_the_config_has():
     said = advice(config(), on_gpu=True)
-    assert [said.index(words) for words in (
-        "optim_wrapper.type = 'AmpOptimWrapper' (--amp)",
-        'model.segmentor.backbone.with_cp = True',
-        'train_dataloader.batch_size = 2',
-        'data_preprocessor.size = (64, 32)')] == sorted(
-            said.index(words) for words in ('--amp', 'with_cp')) or True
+    for words in ("optim_wrapper.type = 'AmpOptimWrapper' (--amp)",
+                  'model.segmentor.backbone.with_cp = True',
+                  'train_dataloader.batch_size = 2',
+                  'data_preprocessor.size = (64, 32)'):
+        assert words in said
     assert said.index('--amp') < said.index('with_cp') < said.index('batch_s')
     assert 'num_workers' not in said
     done = advice(config(**{
@@ -93,7 +92,7 @@ def test_real_allocation_that_is_too_large():
     assert is_out_of_memory(error.value)
 
 
-def test_advice_for_every_shipped_config():
+def test_advice_for_a_shipped_config():
     root = Path(__file__).resolve().parents[1] / 'configs'
     cfg = Config.fromfile(root / 'quickstart' / 'uda.py')
     assert 'model.segmentor.backbone.with_cp = True' in advice(cfg, True)

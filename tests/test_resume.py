@@ -7,7 +7,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from mmseg_contrast.engine.checkpoint_files import damage
 from mmseg_contrast.engine.loader import PositionedIterator
 
 pytestmark = pytest.mark.usefixtures('quick')
+ROOT = Path(__file__).resolve().parents[1]
 SEED = dict(randomness=dict(seed=3))
 
 
@@ -217,15 +222,13 @@ def test_other_errors_of_a_loader_are_left_alone():
         next(one)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_a_file_that_disappears_is_named_and_the_run_resumed(
-        tmp_path, workers):
+def test_a_file_that_disappears_is_named_and_the_run_resumed(tmp_path):
     write_folder(tmp_path / 'data', count=3, size=(32, 48))
     moved = tmp_path / 'moved'
     target = folder(tmp_path / 'data', files_pipeline(CROP, labels=False),
                     classes=None)
     options = dict(
-        iterations=12, interval=2, workers=workers,
+        iterations=9, interval=2, workers=2,
         train_dataloader_streams=dict(
             source=dict(dataset=streets('source', 7, CROP)),
             target=dict(labelled=False, dataset=target)))
@@ -241,4 +244,51 @@ def test_a_file_that_disappears_is_named_and_the_run_resumed(
     first = int(last.stem.partition('_')[2]) + 1
     shutil.move(moved, images)
     losses, _ = train(tmp_path / 'work', resume=True, **options)
-    assert sorted(losses) == list(range(first, 13))
+    assert sorted(losses) == list(range(first, 10))
+
+
+def tool(work_dir, workers):
+    """``tools/train.py --resume`` on the quickstart config, in 8 steps."""
+    streams = 'train_dataloader.dataset.streams'
+    return subprocess.Popen(
+        [sys.executable, 'tools/train.py', 'configs/quickstart/uda.py',
+         '--resume', '--work-dir', str(work_dir), '--cfg-options',
+         f'{streams}.source.dataset.num_images=12',
+         f'{streams}.target.dataset.num_images=10',
+         'train_dataloader.batch_size=2', 'train_cfg.max_iters=8',
+         f'train_dataloader.num_workers={workers}',
+         f'train_dataloader.persistent_workers={workers > 0}',
+         'train_cfg.val_interval=100', 'val_dataloader.num_workers=0',
+         'val_dataloader.persistent_workers=False',
+         'model.pseudo_labels.target.threshold=0.11',
+         'default_hooks.checkpoint.interval=2', 'randomness.seed=3'],
+        cwd=ROOT, text=True, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, start_new_session=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
+
+
+@pytest.mark.slow
+def test_resume_of_the_tool_killed_again_and_again(tmp_path):
+    """kill -9 of the whole job at any time, and one SIGTERM."""
+    reference = tmp_path / 'whole'
+    assert tool(reference, 0).wait(600) == 0
+    parts = tmp_path / 'parts'
+    random = Random(1)
+    for step, workers, number in (
+            (2, 2, signal.SIGKILL), (4, 1, signal.SIGKILL),
+            (6, 3, signal.SIGTERM)):
+        process = tool(parts, workers)
+        while not (parts / f'iter_{step}.pth').exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.2)
+        os.killpg(process.pid, number)
+        code = process.wait(60)
+        # Where SIGTERM comes too late there is nothing left to stop.
+        assert code == -number if number == signal.SIGKILL else (
+            code in (0, 143))
+    assert tool(parts, 2).wait(600) == 0
+    one, two = (content(path / 'iter_8.pth') for path in (reference, parts))
+    for part in ('state_dict', 'optimizer', 'param_schedulers'):
+        same(two[part], one[part], part)
+    assert not [path for path in parts.iterdir() if path.suffix == '.tmp']

@@ -73,7 +73,9 @@ def _cheaper(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def _takes(part: Mapping[str, Any], option: str) -> bool:
-    """Whether the class of a config has a constructor argument."""
+    """Whether the class of a config, or one it extends, has an argument."""
     kind = part.get('type')
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
-    return cls is not None and option in inspect.signature(cls).parameters
+    return inspect.isclass(cls) and any(
+        option in inspect.signature(one).parameters
+        for one in cls.__mro__ if one is not object)
