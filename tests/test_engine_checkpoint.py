@@ -24,7 +24,7 @@ from mmseg_contrast.engine.checkpoint_content import (
     restore_histories,
 )
 from mmseg_contrast.engine.checkpoint_files import damage, to_try
-from mmseg_contrast.engine.hooks import SafeCheckpointHook
+from mmseg_contrast.engine.hooks import SafeCheckpointHook, norm_sync
 from mmseg_contrast.engine.hooks.safe_checkpoint import CheckpointError
 from mmseg_contrast.files import written_whole
 
@@ -221,6 +221,19 @@ def test_checkpoint_interval_and_accumulated_gradients(tmp_path):
         hook = SafeCheckpointHook(by_epoch=False, interval=interval)
         hook.before_train(runner)
         assert len(runner.said) == warned
+
+
+def test_checkpoint_has_averaged_norms(tmp_path, monkeypatch):
+    averaged = []
+    monkeypatch.setattr(norm_sync, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(norm_sync, 'average_norm_statistics',
+                        lambda model: averaged.append(runner.iter + 1))
+    runner = Runner(tmp_path)
+    runner.model, runner.train_loop = torch.nn.Identity(), None
+    runner.hooks = [SafeCheckpointHook(by_epoch=False, interval=3)]
+    for runner.iter in range(7):
+        norm_sync.NormSyncHook().after_train_iter(runner, runner.iter)
+    assert averaged == [3, 6]
 
 
 def test_checkpoint_option_that_is_unknown():
