@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MessageHub
 from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import DATASETS
 from torch.utils.data import DataLoader, SequentialSampler
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from datasets_common import streets
 from mmseg_contrast.datasets import PositionSampler
 from mmseg_contrast.engine.hooks import PositionHook
+from mmseg_contrast.engine.loader import stop_workers
 
 CROP = dict(type='RandomCrop', crop_size=(16, 24))
 
@@ -42,6 +44,7 @@ class Runner:
         self.model, self.optim_wrapper = Model(), None
         self.visualizer, self.val_loop = Visualizer(), None
         self.seed, self._randomness_cfg = seed, dict(seed=seed)
+        self.message_hub = MessageHub('position')
         self.cfg = Config(dict(train_dataloader=dict(
             sampler=sampler or dict(type='PositionSampler'))))
         self.train_dataloader = loader
@@ -60,9 +63,8 @@ class Runner:
     def run(self):
         self.train_loop.run()
         # left to the garbage collector, the workers would stop after 10 s
-        running = self.train_loop.dataloader_iterator._iterator
-        if hasattr(running, '_shutdown_workers'):
-            running._shutdown_workers()
+        stop_workers(self.train_dataloader,
+                     self.train_loop.dataloader_iterator)
         return self.model.seen
 
 
@@ -116,11 +118,11 @@ def test_fast_forward_flag_of_the_fork(uninterrupted):
         assert torch.equal(a, b)
 
 
-def test_a_fresh_run_is_left_alone():
+def test_a_fresh_run_starts_no_workers_anew():
     runner = Runner(loader(), 1)
     iterator = runner.train_loop.dataloader_iterator
-    runner.run()
-    assert runner.train_loop.dataloader_iterator is iterator
+    PositionHook().before_train(runner)
+    assert runner.train_loop.dataloader_iterator._iterator is iterator
 
 
 def test_a_pinned_seed_stays():
@@ -137,8 +139,10 @@ def test_seeds_that_differ_by_rank(monkeypatch):
     made = loader(seed=7)
     runner = Runner(made, 1, seed=8)
     runner._randomness_cfg['diff_rank_seed'] = True
+    runner.message_hub.update_info('seed', 5)  # the checkpoint's, of rank 0
     runner.run()
     assert made.dataset.seed == 5
+    assert runner.message_hub.get_info('seed') == 8
 
 
 def test_another_sampler_is_refused():

@@ -12,8 +12,10 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=4000,
+        type='SafeCheckpointHook', by_epoch=False, interval=4000,
         max_keep_ckpts=3),
+    stop=dict(type='StopSignalHook'),
+    memory=dict(type='MemoryAdviceHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
 custom_hooks = [dict(type='PositionHook'), dict(type='NormSyncHook')]

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .loader import worker_died
+
 DEBUG = 'MMSEG_CONTRAST_DEBUG'
 
 
@@ -18,7 +20,7 @@ def sentence(error: BaseException) -> str:
             whole traceback in its text.
     """
     text = str(error).strip()
-    if 'DataLoader worker process' in text:
+    if 'in DataLoader worker process' in text:
         text = text.splitlines()[-1].partition(': ')[2]
     # mmengine's registry puts the file of the class before the message.
     head, found, rest = text.partition('.py: ')
@@ -29,7 +31,10 @@ def sentence(error: BaseException) -> str:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Show a ValueError, or a missing file, as its sentence, and exit with 1.
+    """Show what the user can mend as a sentence, and exit with 1.
+
+    That is a ValueError, an error of the disk or a file, and a loader's
+    worker that died.
 
     The environment variable ``MMSEG_CONTRAST_DEBUG=1`` shows the traceback.
 
@@ -38,8 +43,9 @@ def one_sentence() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get(DEBUG):
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get(DEBUG) or (
+                isinstance(error, RuntimeError) and not worker_died(error)):
             raise
         print(f'error: {sentence(error)}\n({DEBUG}=1 shows where.)',
               file=sys.stderr)

@@ -2,13 +2,18 @@
 
 from .contrast_health import ContrastHealthHook
 from .feature_space import FeatureSpaceHook
+from .memory_advice import MemoryAdviceHook
 from .norm_sync import NormSyncHook
 from .position import PositionHook
 from .prototype_init import PrototypeInitHook
 from .pseudo_label_health import PseudoLabelHealthHook
+from .safe_checkpoint import SafeCheckpointHook
+from .stop_signal import StopSignalHook
 from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
-    'ContrastHealthHook', 'FeatureSpaceHook', 'NormSyncHook', 'PositionHook',
-    'PrototypeInitHook', 'PseudoLabelHealthHook', 'UDAVisualizationHook'
+    'ContrastHealthHook', 'FeatureSpaceHook', 'MemoryAdviceHook',
+    'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
+    'PseudoLabelHealthHook', 'SafeCheckpointHook', 'StopSignalHook',
+    'UDAVisualizationHook'
 ]

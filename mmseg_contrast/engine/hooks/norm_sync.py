@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
@@ -47,7 +47,12 @@ class NormSyncHook(Hook):
     # Before the checkpoint hook (VERY_LOW) saves.
     priority = 'LOW'
 
-    def _average(self, runner: Runner) -> None:
+    def average(self, runner: Runner) -> None:
+        """Average now; all ranks call this.
+
+        Args:
+            runner (Runner): The runner.
+        """
         if get_world_size() == 1:
             return
         model = runner.model
@@ -61,14 +66,14 @@ class NormSyncHook(Hook):
                          outputs: dict | None = None) -> None:
         """Before the checkpoint hook's turn, if it is going to save."""
         hooks = [hook for hook in runner.hooks
-                 if type(hook).__name__ == 'CheckpointHook']
+                 if isinstance(hook, CheckpointHook)]
         last = runner.iter + 1 == runner.max_iters
         if last or any(
                 not hook.by_epoch and hook.interval > 0
                 and self.every_n_train_iters(runner, hook.interval)
                 for hook in hooks):
-            self._average(runner)
+            self.average(runner)
 
     def before_val(self, runner: Runner) -> None:
         """Before validation."""
-        self._average(runner)
+        self.average(runner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import get_rank
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from ...datasets import PositionSampler, StreamDataset
 from ...models.clock import Clock
 from ..distributed import refuse_other_wrappers
+from ..loader import PositionedIterator
 from ..optimizer import refuse_layer_decay_on_wrapper
 
 
@@ -60,6 +60,9 @@ class PositionHook(Hook):
     unless told otherwise (the onedl fork). This hook moves the sampler, and
     no skipped sample is loaded on either. It also hands a seed that came
     from the checkpoint to the dataset.
+
+    A worker process that dies is replaced, and the run goes on with the same
+    samples (:class:`.loader.PositionedIterator`).
 
     A run that starts at iteration 0 from another run's weights
     (``load_from``) starts its step counts at 0 too.
@@ -108,59 +111,17 @@ class PositionHook(Hook):
         new_seed = seed is not None and seed != sampler.seed
         if seed is not None and new_seed:
             sampler.set_seed(seed)
-        if runner.iter > 0 or new_seed:
-            sampler.skip(runner.iter * _batch_size(loader))
-            loop.dataloader_iterator = _ResumedIterator(
-                loader,
-                loop.dataloader_iterator,
-                # stock mmengine calls next() this often to skip samples
-                ignored=0 if hasattr(loop.dataloader_iterator, 'skip_iter')
-                else runner.iter)
-
-
-class _ResumedIterator:
-    """Stands for the loop's iterator; the samples to skip are skipped."""
-
-    def __init__(self, loader: DataLoader, replaced: Any, ignored: int
-                 ) -> None:
-        _stop_workers(loader, replaced)
-        self._loader = loader
-        self._ignored = ignored
-        self._iterator: Iterator | None = None
-
-    def __iter__(self) -> _ResumedIterator:
-        return self
-
-    def __next__(self) -> Any:
-        if self._ignored > 0:
-            self._ignored -= 1
-            return None
-        if self._iterator is None:
-            self._iterator = iter(self._loader)
-        return next(self._iterator)
-
-    def skip_iter(self, num_iters: int) -> None:
-        """Do nothing: the sampler is there already.
-
-        Args:
-            num_iters (int): Ignored.
-        """
-
-
-def _stop_workers(loader: DataLoader, replaced: Any) -> None:
-    """End workers that already load from the old position and seed.
-
-    Persistent workers hold a copy of the dataset, so they would keep its old
-    seed; the loader must start new ones.
-    """
-    running = getattr(replaced, '_iterator', None)
-    stop = getattr(running, '_shutdown_workers', None)
-    if stop is not None:
-        stop()
-    if running is not None:
-        replaced._iterator = None
-    if getattr(loader, '_iterator', None) is not None:
-        loader._iterator = None
+        # A checkpoint brings rank 0's seed to all of them.
+        runner.message_hub.update_info('seed', runner.seed)
+        loop.dataloader_iterator = PositionedIterator(
+            loader,
+            loop.dataloader_iterator,
+            sampler,
+            samples=lambda: runner.iter * _batch_size(loader),
+            resumed=runner.iter > 0 or new_seed,
+            # stock mmengine calls next() this often to skip samples
+            ignored=0 if hasattr(loop.dataloader_iterator, 'skip_iter')
+            else runner.iter)
 
 
 def _sampler(loader: DataLoader) -> Any:
