@@ -4,6 +4,7 @@
     python tools/benchmark.py contrast --device cuda --json contrast.json
     python tools/benchmark.py contrast --sizes anchors=256 length=500
     python tools/benchmark.py contrast-step --methods sepico-dist spcl
+    python tools/benchmark.py step --config configs/daformer/... --turns 5
 
 What is compared runs in turns in the same process (A B C A B C ...), and a
 ratio is the median of the ratios of the turns: other work on the machine
@@ -26,16 +27,18 @@ if (TOOLS.parent / 'mmseg_contrast').is_dir():  # a clone uses its own code
 
 import mmseg_contrast  # noqa: E402, F401, I001  its import error comes first
 import torch  # noqa: E402
-from benchmarks import contrast, contrast_step  # noqa: E402
+from benchmarks import contrast, contrast_step, step  # noqa: E402
 from benchmarks.arguments import check_common  # noqa: E402
-from benchmarks.memory import peak_above  # noqa: E402
+
+from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
 
 
 def run_peak(args: argparse.Namespace) -> None:
     """Peak memory of one case, in bytes, on the last line."""
     case = json.loads(args.case)
     torch.set_num_threads(case['threads'])
-    print(peak_above(contrast.peak_work(case), case['device']))
+    peak_of = step.peak_of if case['part'] == 'step' else contrast.peak_of
+    print(peak_of(case))
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
-    for module in (contrast, contrast_step):
+    for module in (contrast, contrast_step, step):
         module.add_command(commands)
     peak = commands.add_parser('peak', help='used by the others')
     peak.set_defaults(run=run_peak)
@@ -62,4 +65,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with one_sentence():
+        main()

@@ -30,6 +30,7 @@ from .kernel import (
     measure_kernel,
     with_gradients,
 )
+from .memory import peak_above
 from .report import (
     circumstances,
     in_words,
@@ -126,10 +127,8 @@ def run_contrast(args: argparse.Namespace) -> None:
     write_json(args.json, result)
 
 
-def peak_work(case: dict[str, Any]) -> Callable[[], Any]:
-    """What a case of which the peak memory is measured computes.
-
-    It has run once, so that code and threads are there.
+def peak_of(case: dict[str, Any]) -> int:
+    """Peak bytes of one row of a table, above its inputs.
 
     Args:
         case (dict): Part, sizes, device and name.
@@ -145,5 +144,5 @@ def peak_work(case: dict[str, Any]) -> Callable[[], Any]:
         return partial(MOMENTS[case['name']], *make_pixels(sizes, device),
                        sizes.classes)
 
-    work(tiny)()
-    return work(sizes)
+    work(tiny)()  # code and threads are there before memory is counted
+    return peak_above(work(sizes), device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .arguments import add_common, add_sizes, read_sizes
-from .draws import generator
+from .cut import cut
+from .draws import blocks, generator
 from .kernel import LIBRARY
 from .report import (
     circumstances,
@@ -137,7 +138,7 @@ def contrast_parts(method: str, sizes: StepSizes
 def step_batch(sizes: StepSizes) -> dict[str, Any]:
     """Random images; the source's labels are in blocks of 32 pixels."""
     draw = generator()
-    side, blocks = sizes.side, -(-sizes.side // 32)
+    side = sizes.side
     batch: dict[str, Any] = dict(inputs={}, data_samples={})
     for stream in ('source', 'target'):
         batch['inputs'][stream] = [
@@ -149,11 +150,8 @@ def step_batch(sizes: StepSizes) -> dict[str, Any]:
                 img_shape=(side, side), ori_shape=(side, side),
                 pad_shape=(side, side)))
             if stream == 'source':
-                labels = torch.randint(
-                    0, sizes.classes, (1, blocks, blocks), generator=draw)
-                labels = labels.repeat_interleave(32, 1).repeat_interleave(
-                    32, 2)[:, :side, :side]
-                one.gt_sem_seg = PixelData(data=labels)
+                one.gt_sem_seg = PixelData(data=blocks(
+                    sizes.classes, (side, side), draw).unsqueeze(0))
             samples.append(one)
         batch['data_samples'][stream] = samples
     return batch
@@ -250,7 +248,7 @@ class Parts:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls[name].append((
-                head, *_cut((args, kwargs), torch.is_grad_enabled())))
+                head, *cut((args, kwargs), torch.is_grad_enabled())))
             return original(*args, **kwargs)
 
         return call
@@ -291,22 +289,6 @@ class Parts:
     def functions(self) -> dict[str, Callable[[], None]]:
         """All parts by name."""
         return {name: getattr(self, name) for name in self.NAMES}
-
-
-def _cut(value: Any, recording: bool) -> Any:
-    """Arguments without their history, as leaves of a new graph."""
-    if isinstance(value, Tensor):
-        floating = value.is_floating_point() and value.requires_grad
-        return value.detach().requires_grad_(recording and floating)
-    if isinstance(value, dict):
-        return {key: _cut(one, recording) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cut(one, recording) for one in value)
-    if hasattr(value, 'embeddings'):
-        return replace(value, **{
-            one.name: _cut(getattr(value, one.name), recording)
-            for one in fields(value)})
-    return value
 
 
 def _backward(result: Tensor, leaves: Sequence[Tensor]) -> None:

@@ -62,15 +62,24 @@ class Timer:
             torch.cuda.synchronize()
         return now() - start
 
-    def in_turns(self, functions: dict[str, Callable[[], Any]]
+    def in_turns(self, functions: dict[str, Callable[[], Any]],
+                 prepare: Callable[[], Any] | None = None
                  ) -> dict[str, list[float]]:
-        """Seconds of each in each turn, after one turn to warm up."""
-        for function in functions.values():
-            self.elapsed(function)
+        """Seconds of each in each turn, after one turn to warm up.
+
+        Args:
+            functions (dict): What is measured, by name.
+            prepare (Callable, optional): Called before each of them, which
+                is not measured.
+        """
         seconds: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(self.repeats):
+        for turn in range(1 + self.repeats):
             for name, function in functions.items():
-                seconds[name].append(self.elapsed(function))
+                if prepare is not None:
+                    prepare()
+                spent = self.elapsed(function)
+                if turn:
+                    seconds[name].append(spent)
         return seconds
 
 
