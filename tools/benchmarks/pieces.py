@@ -111,8 +111,9 @@ class Pieces:
             setattr(step, name, value)
         return step
 
-    def clear(self) -> None:
-        """As before a step: no gradients."""
+    def prepare(self) -> None:
+        """No gradients, as before a step, and the draws of the last one."""
+        self.kept.iteration = self.model.clock.now() - 1
         for leaf in self.leaves:
             leaf.grad = None
         self.training.optim_wrapper.zero_grad()

@@ -133,7 +133,7 @@ def measure_step(setup: Setup, timer: Timer, sync_check: bool = False
         functions = {name: training.compiled(one) for name, one in
                      functions_of(passes, parts).items()}
         seconds = timer.in_turns(
-            {'': training.step, **functions}, pieces.clear)
+            {'': training.step, **functions}, pieces.prepare)
     return dict(
         config=setup.config, crops=training.sizes, images=training.images,
         setup=asdict(setup),
