@@ -1,65 +1,48 @@
 """tools/benchmark.py at tiny sizes. No time is asserted."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmark_tool import (
+    arguments,
+    call,
+    class_statistics,
+    columns,
+    contrast,
+    contrast_step,
+    kernel,
+    memory,
+    timing,
+)
+
 TINY = ['anchors=6', 'classes=4', 'length=5', 'channels=3', 'pixels=40',
         'moment_channels=3']
-
-
-@pytest.fixture(scope='module')
-def tool():
-    """The tool as a module; its dataclasses need it to have a name."""
-    path = ROOT / 'tools' / 'benchmark.py'
-    spec = importlib.util.spec_from_file_location('benchmark_tool', path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[spec.name]
-
-
-def call(tool, monkeypatch, *args):
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, args)])
-    threads = torch.get_num_threads()
-    try:
-        tool.main()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def columns(line):
-    return [one.strip() for one in line.strip('|\n').split('|')]
 
 
 # ------------------------------------------------------------------ measures
 
 
-def test_a_spread_is_the_median_with_the_quartiles(tool):
-    spread = tool.Spread.of([5., 1., 3., 2., 4.])
+def test_a_spread_is_the_median_with_the_quartiles():
+    spread = timing.Spread.of([5., 1., 3., 2., 4.])
     assert (spread.median, spread.low, spread.high) == (3., 2., 4.)
     assert spread.text(10., 1) == '30.0 (20.0-40.0)'
-    assert tool.Spread.of([7.]) == tool.Spread(7., 7., 7.)
+    assert timing.Spread.of([7.]) == timing.Spread(7., 7., 7.)
 
 
-def test_ratios_are_of_the_same_turn(tool):
+def test_ratios_are_of_the_same_turn():
     # The third turn took five times as long, for both.
-    spread = tool.ratios([1., 1., 5.], [2., 2., 10.])
+    spread = timing.ratios([1., 1., 5.], [2., 2., 10.])
     assert (spread.median, spread.low, spread.high) == (.5, .5, .5)
 
 
-def test_what_is_compared_runs_in_turns(tool):
+def test_what_is_compared_runs_in_turns():
     order = []
-    timer = tool.Timer('cpu', 2, 'wall')
+    timer = timing.Timer('cpu', 2, 'wall')
     seconds = timer.in_turns({
         name: lambda name=name: order.append(name) for name in 'abc'})
     assert ''.join(order) == 'abc' * 3  # the first to warm up
@@ -68,13 +51,13 @@ def test_what_is_compared_runs_in_turns(tool):
     assert all(one >= 0 for times in seconds.values() for one in times)
 
 
-def test_targets_have_a_direction(tool):
+def test_targets_have_a_direction():
     rows = [dict(name=name, own='energy', keys='live',
                  time_ratio=dict(median=time), peak_ratio=peak)
             for name, time, peak in (
                 ('dense autograd', 1., 1.), ('ours, class form', .7, .26),
                 ('ours, pair form', .71, None))]
-    found = tool.check_targets(dict(
+    found = contrast.check_targets(dict(
         device='cpu', kernel=rows,
         moments=[{}, dict(times_faster=dict(median=200.))]))
     assert [(one['target'], one['met']) for one in found] == [
@@ -101,31 +84,31 @@ def loops(problem, own):
 
 @pytest.mark.parametrize('live', [False, True])
 @pytest.mark.parametrize('own', ['positive', 'energy'])
-def test_all_ways_compute_the_same_loss(tool, own, live):
-    sizes = tool.read_sizes(TINY, tool.Sizes)
-    problem = tool.make_problem(sizes, live, 'cpu')
-    want = tool.with_gradients(tool.dense, problem, own)
+def test_all_ways_compute_the_same_loss(own, live):
+    sizes = arguments.read_sizes(TINY, kernel.Sizes)
+    problem = kernel.make_problem(sizes, live, 'cpu')
+    want = kernel.with_gradients(kernel.dense, problem, own)
     assert want[0].item() == pytest.approx(loops(problem, own), rel=1e-5)
     assert len(want) == 2 + live
-    for name, loss in tool.LOSSES.items():
-        if name == tool.LIBRARY and not (own == 'energy'
-                                         and tool.has_library()):
+    for name, loss in kernel.LOSSES.items():
+        if name == kernel.LIBRARY and not (own == 'energy'
+                                           and kernel.has_library()):
             continue
-        got = tool.with_gradients(loss, problem, own)
-        assert tool.difference(got, want) < 1e-5, name
+        got = kernel.with_gradients(loss, problem, own)
+        assert kernel.difference(got, want) < 1e-5, name
 
 
-def test_a_difference_is_seen(tool):
+def test_a_difference_is_seen():
     one = torch.tensor([2., -4.])
-    assert tool.difference([one, one + .4], [one, one]) == pytest.approx(.1)
+    assert kernel.difference([one, one + .4], [one, one]) == pytest.approx(.1)
 
 
-def test_both_class_statistics_are_the_same(tool):
-    features, labels = tool.make_pixels(
-        tool.read_sizes(TINY, tool.Sizes), 'cpu')
+def test_both_class_statistics_are_the_same():
+    features, labels = class_statistics.make_pixels(
+        arguments.read_sizes(TINY, kernel.Sizes), 'cpu')
     assert (labels == 255).sum() == 2
-    got = tool.MOMENTS['ours'](features, labels, 4)
-    want = tool.MOMENTS['N x C x D'](features, labels, 4)
+    got = class_statistics.MOMENTS['ours'](features, labels, 4)
+    want = class_statistics.MOMENTS['N x C x D'](features, labels, 4)
     mean = features[labels == 1].mean(0)
     assert torch.allclose(want[1][1], mean)
     assert torch.allclose(
@@ -134,46 +117,46 @@ def test_both_class_statistics_are_the_same(tool):
         assert torch.allclose(a.float(), b, atol=1e-5)
 
 
-def test_the_peak_is_that_of_a_process_of_its_own(tool):
-    sizes = tool.Sizes(anchors=512, classes=4, length=2500, channels=2)
+def test_the_peak_is_that_of_a_process_of_its_own():
+    sizes = kernel.Sizes(anchors=512, classes=4, length=2500, channels=2)
     matrix = 4 * 512 * 10000
-    peak = tool.peak_in_new_process(dict(
-        part='kernel', name=tool.BASELINE, own='energy', live=False,
-        device='cpu', sizes=tool.asdict(sizes)))
+    peak = memory.peak_in_new_process(dict(
+        part='kernel', name=kernel.BASELINE, own='energy', live=False,
+        device='cpu', sizes=asdict(sizes)))
     assert 3 * matrix < peak < 10 * matrix
 
 
-def test_statistics_that_do_not_fit_are_of_less_pixels(tool, monkeypatch):
-    monkeypatch.setattr(tool, 'available_memory', lambda device: (
+def test_statistics_that_do_not_fit_are_of_less_pixels(monkeypatch):
+    monkeypatch.setattr(class_statistics, 'available_memory', lambda device: (
         5 * 4 * 20 * 4 * 3))
-    rows = tool.measure_moments(
-        tool.read_sizes(TINY, tool.Sizes), tool.Timer('cpu', 1, 'wall'),
-        memory=False)
+    rows = class_statistics.measure_moments(
+        arguments.read_sizes(TINY, kernel.Sizes),
+        timing.Timer('cpu', 1, 'wall'), memory=False)
     assert [row['pixels'] for row in rows] == [20, 20]
 
 
 # ------------------------------------------------------------------- command
 
 
-def test_tables_and_json_come_out(tool, monkeypatch, capsys, tmp_path):
+def test_tables_and_json_come_out(monkeypatch, capsys, tmp_path):
     path = tmp_path / 'out.json'
-    call(tool, monkeypatch, 'contrast', '--sizes', *TINY, '--repeats', 2,
+    call(monkeypatch, 'contrast', '--sizes', *TINY, '--repeats', 2,
          '--no-memory', '--threads', 1, '--clock', 'process', '--json', path)
     result = json.loads(path.read_text())
     assert result['sizes']['anchors'] == 6 and result['threads'] == 1
     assert result['clock'] == 'process' and result['repeats'] == 2
 
-    kernel = result['kernel']
-    library = tool.has_library()
-    assert len(kernel) == 2 * (4 + 4 + library)
-    assert {(row['own'], row['keys']) for row in kernel} == {
+    rows = result['kernel']
+    library = kernel.has_library()
+    assert len(rows) == 2 * (4 + 4 + library)
+    assert {(row['own'], row['keys']) for row in rows} == {
         (own, keys) for own in ('positive', 'energy')
         for keys in ('detached', 'live')}
-    for row in kernel:
+    for row in rows:
         assert row['difference'] < 1e-4 and row['peak'] is None
         assert 0 <= row['seconds']['low'] <= row['seconds']['median']
         assert row['seconds']['median'] <= row['seconds']['high']
-        if row['name'] == tool.BASELINE:
+        if row['name'] == kernel.BASELINE:
             assert row['difference'] == 0
 
     ours = result['moments'][1]
@@ -193,9 +176,9 @@ def test_tables_and_json_come_out(tool, monkeypatch, capsys, tmp_path):
              if line.startswith('|')]
     heads = [i for i, line in enumerate(lines) if set(line) == {'---'}]
     assert len(heads) == 4
-    assert len(lines) == 2 * 4 + len(kernel) + 2 + 6 + 9
+    assert len(lines) == 2 * 4 + len(rows) + 2 + 6 + 9
     row = lines[heads[0] + 1]
-    assert row[:3] == ['positive', 'detached', tool.BASELINE]
+    assert row[:3] == ['positive', 'detached', kernel.BASELINE]
 
 
 @pytest.mark.parametrize('args, message', [
@@ -207,22 +190,22 @@ def test_tables_and_json_come_out(tool, monkeypatch, capsys, tmp_path):
     (['contrast', '--sync-check'], '--sync-check needs --device cuda'),
     (['contrast', '--repeats', '0'], 'must be at least 1'),
 ])
-def test_mistakes_are_named(tool, monkeypatch, capsys, args, message):
+def test_mistakes_are_named(monkeypatch, capsys, args, message):
     with pytest.raises(SystemExit) as error:
-        call(tool, monkeypatch, *args)
+        call(monkeypatch, *args)
     assert message in str(error.value) + capsys.readouterr().err
 
 
 # -------------------------------------------------------------- a whole step
 
 
-def test_parts_of_a_step_are_those_of_the_method(tool, monkeypatch):
-    tool.init_default_scope('mmseg')
-    training = tool.Training(
-        'sepico-dist@6', tool.StepSizes(side=64, samples=1, classes=4),
-        'cpu')
+def test_parts_of_a_step_are_those_of_the_method(monkeypatch):
+    init_default_scope('mmseg')
+    training = contrast_step.Training(
+        'sepico-dist@6',
+        contrast_step.StepSizes(side=64, samples=1, classes=4), 'cpu')
     head = training.model.segmentor.auxiliary_head[0]
-    parts = tool.Parts(training)
+    parts = contrast_step.Parts(training)
     assert {name: len(calls) for name, calls in parts.calls.items()} == dict(
         pixels=3, contrast=2, update_bank=1, project=3)
     # Source and target of the student, and the teacher's source.
@@ -247,9 +230,9 @@ def test_parts_of_a_step_are_those_of_the_method(tool, monkeypatch):
     assert seen[0][0].shape == (1, 6, 16, 16)
 
 
-def test_the_table_of_a_step(tool, monkeypatch, capsys, tmp_path):
+def test_the_table_of_a_step(monkeypatch, capsys, tmp_path):
     path = tmp_path / 'step.json'
-    call(tool, monkeypatch, 'contrast-step', '--methods', 'sepico-proto@6',
+    call(monkeypatch, 'contrast-step', '--methods', 'sepico-proto@6',
          'sdca', '--sizes', 'side=64', 'samples=1', 'classes=4', '--repeats',
          1, '--json', path)
     dacs, proto, sdca = json.loads(path.read_text())['step']
