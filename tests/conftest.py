@@ -1,5 +1,6 @@
 """What the tests share: a tiny student, batches, the registry's scope."""
 
+import gc
 import os
 import runpy
 import sys
@@ -18,6 +19,12 @@ from mmseg_contrast.environment import allow_checkpoint_classes
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 torch.set_num_threads(1)
 unformatted_configs()
+
+
+def pytest_collection_finish():
+    """What is imported stays: garbage need not be looked for among it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

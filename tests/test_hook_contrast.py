@@ -35,7 +35,7 @@ from mmseg_contrast.engine.hooks import (
 )
 from mmseg_contrast.engine.hooks.contrast_health import class_cosines
 from mmseg_contrast.engine.looking import untouched
-from ranks import on_ranks
+from processes import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ['road', 'car', 'sky', 'train']
