@@ -1,5 +1,6 @@
 # make demo    set everything up, train source-only and UDA, print the result
 # make test    set everything up, run the tests (make test-all: slow ones too)
+#              on all cores, at most 4; ARGS='-n 0 -k golden': in one process
 # make lint    ruff and mypy
 # make clean   remove what the others left (also .venv)
 #
@@ -14,6 +15,7 @@ else
 ENV := .venv
 endif
 PY := "$(ENV)/bin/python"
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 INSTALL := PYTHONNOUSERSITE=1 $(PY) requirements/install.py
 
 # A clone runs its own code, whatever else is installed.
@@ -25,10 +27,10 @@ demo: env
 	@$(PY) tools/demo.py
 
 test: env
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: env
-	@$(PY) -m pytest -m "" $(ARGS)
+	@$(PYTEST) -m "" $(ARGS)
 
 lint: env
 	@$(INSTALL) lint

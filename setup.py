@@ -117,7 +117,7 @@ setup(
             # The last with pkg_resources, which mmengine and mmcv import.
             'setuptools<81',
         ],
-        'tests': ['pytest>=8', 'hypothesis>=6'],
+        'tests': ['pytest>=8', 'pytest-xdist>=3.3', 'hypothesis>=6'],
     },
     cmdclass=dict(build_py=BuildWithMim),
     options=build_options(),

@@ -5,13 +5,13 @@
 
 import sys
 
-import ddp_methods  # noqa: F401  its backbone
 import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 
+import ddp_methods  # noqa: F401  its backbone
 from helpers import CLASSES, batch, build, dacs_parts, tiny_student
 from mmseg_contrast.adaptation import ClassMix, StrongAugment
 from mmseg_contrast.engine import UDADistributedDataParallel

@@ -2,11 +2,13 @@
 
 import copy
 
+import mmengine.config.config
 import torch
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
+from yapf.yapflib import yapf_api
 
 CLASSES = 5
 NORM = dict(type='BN')
@@ -47,6 +49,36 @@ def tiny_student(num_classes=CLASSES, dropout=0.0, size=(32, 32), **head):
             std=[58.395, 57.12, 57.375], bgr_to_rgb=True, size=size),
         backbone=dict(type='TinyBackbone', dropout=dropout),
         decode_head=decode, train_cfg=dict(), test_cfg=dict(mode='whole'))
+
+
+def unformatted_configs():
+    """mmengine lays out each config that it logs or saves: a second each."""
+    for module in (yapf_api, mmengine.config.config):
+        module.FormatCode = lambda text, **_: (text, True)
+
+
+#: Keys of configs that say how wide a net is.
+WIDTHS = ('base_channels', 'channels', 'embed_dim', 'embed_dims',
+          'feat_channels', 'feedforward_channels', 'in_channels',
+          'out_channels', 'pam_channels')
+
+
+def narrower(part):
+    """Divide the widths within a net's config by four, in place.
+
+    Small ones stay: the colours of an image, the classes of logits.
+    """
+    if str(part.get('type', '')).startswith('ResNet'):
+        part.setdefault('base_channels', 64)
+    for key, value in part.items():
+        many = isinstance(value, (list, tuple))
+        if key in WIDTHS:
+            numbers = [one // 4 if one > 16 and one % 16 == 0 else one
+                       for one in (value if many else [value])]
+            part[key] = numbers if many else numbers[0]
+        for one in value if many else [value]:
+            if isinstance(one, dict):
+                narrower(one)
 
 
 def dacs_parts(**changes):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -34,7 +32,7 @@ def test_overlay():
                                [100, 100, 100]]]
 
 
-def test_rows(tmp_path):
+def test_rows(tmp_path, run_tool):
     root = write_folder(tmp_path / 'a', 3)
     pipe = files_pipeline(dict(type='MarkValidRegion', left=8),
                           pack='PackStreamInputs')
@@ -48,11 +46,8 @@ def test_rows(tmp_path):
         train_dataloader=dict(
             dataset=dict(type='StreamDataset', streams=streams))))
     config.dump(str(tmp_path / 'config.py'))
-    subprocess.run(
-        [sys.executable, str(TOOL), str(tmp_path / 'config.py'), '--out',
-         str(tmp_path / 'out'), '--number', '2'],
-        check=True, env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin',
-                         'HOME': str(tmp_path)})
+    run_tool(TOOL, tmp_path / 'config.py', '--out', tmp_path / 'out',
+             '--number', 2)
     files = sorted((tmp_path / 'out').iterdir())
     assert [f.name for f in files] == ['position_0000.png',
                                        'position_0001.png']

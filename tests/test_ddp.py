@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ddp_common
-import ddp_methods
 import pytest
 import torch
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import ddp_common
+import ddp_methods
 from helpers import build
 from mmseg_contrast.engine import refuse_other_wrappers
 

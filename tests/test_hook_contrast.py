@@ -6,8 +6,6 @@ import copy
 import logging
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, MODELS
 from torch import nn
@@ -36,6 +35,7 @@ from mmseg_contrast.engine.hooks import (
 )
 from mmseg_contrast.engine.hooks.contrast_health import class_cosines
 from mmseg_contrast.engine.looking import untouched
+from processes import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ['road', 'car', 'sky', 'train']
@@ -567,50 +567,31 @@ def test_mistakes_of_init_are_named(log, options, words):
         PrototypeInitHook(**options).before_train(make_runner(adapting()))
 
 
-RANKS = '''
-import sys
-sys.path.insert(0, 'tests')
-import torch
-import test_hook_contrast as t
-from mmengine.registry import init_default_scope
-from mmengine.dist import get_rank
+def health_and_banks_of_a_rank(folder):
+    rank = get_rank()
+    model = adapting(dict(type='PrototypeBank', clock='ema', new_weight=0.1))
+    queue = adapting(dict(type='SegmentQueue', length=50))
+    for one in (model, queue):
+        PrototypeInitHook().before_train(make_runner(one))
+    bank = model.segmentor.auxiliary_head.bank
 
-torch.set_num_threads(1)
-torch.distributed.init_process_group('gloo')
-init_default_scope('mmseg')
-rank = get_rank()
-model = t.adapting(dict(type='PrototypeBank', clock='ema', new_weight=0.1))
-queue = t.adapting(dict(type='SegmentQueue', length=50))
-for one in (model, queue):
-    t.PrototypeInitHook().before_train(t.make_runner(one))
-bank = model.segmentor.auxiliary_head.bank
-
-head = t.make_head()
-head.bank.update(torch.eye(6)[:3], torch.arange(3))
-vectors, labels = t.unit(9, 6), torch.arange(9) % 4
-mine = t.anchors_of(vectors[:2], labels[:2]) if rank else (
-    t.anchors_of(vectors[2:], labels[2:]))
-hook = t.ContrastHealthHook(interval=1, report_interval=1)
-alone = t.make_head(bank='BatchBank')
-torch.save(dict(
-    count=bank.count, mean=bank.mean,
-    queue=queue.segmentor.auxiliary_head.bank.state_dict(),
-    scalars=t.train(head, hook, [mine, None if rank else mine])[0],
-    batch=t.train(alone, hook, [mine])[0],
-), f'{sys.argv[1]}/rank{rank}.pth')
-'''
+    head = make_head()
+    head.bank.update(torch.eye(6)[:3], torch.arange(3))
+    vectors, labels = unit(9, 6), torch.arange(9) % 4
+    mine = anchors_of(vectors[:2], labels[:2]) if rank else (
+        anchors_of(vectors[2:], labels[2:]))
+    hook = per_iteration()
+    alone = make_head(bank='BatchBank')
+    torch.save(dict(
+        count=bank.count, mean=bank.mean,
+        queue=queue.segmentor.auxiliary_head.bank.state_dict(),
+        scalars=train(head, hook, [mine, None if rank else mine])[0],
+        batch=train(alone, hook, [mine])[0],
+    ), folder / f'rank{rank}.pth')
 
 
 def test_two_ranks_are_one(log, tmp_path):
-    script = tmp_path / 'ranks.py'
-    script.write_text(RANKS)
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-         '--nproc_per_node=2', str(script), str(tmp_path)], cwd=ROOT,
-        capture_output=True, text=True, timeout=200, env=dict(
-            PATH='/usr/bin:/bin', HOME=str(tmp_path), OMP_NUM_THREADS='1',
-            PYTHONPATH=f'{ROOT}:{ROOT / "tests"}'))
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(health_and_banks_of_a_rank, tmp_path)
     ranks = [torch.load(tmp_path / f'rank{r}.pth', weights_only=True)
              for r in range(2)]
     # five images on two ranks: one takes a repeated one that doesn't count
@@ -672,9 +653,7 @@ def losses(runner):
             if 'loss' in key}
 
 
-def test_training_with_all_three_hooks(tmp_path, monkeypatch):
-    # mmengine spends 5 s on the layout of a config wherever it writes one
-    monkeypatch.setattr(Config, 'pretty_text', property(lambda _: 'x = 1'))
+def test_training_with_all_three_hooks(tmp_path):
     watching = [
         dict(type='ContrastHealthHook', interval=2, report_interval=4),
         dict(type='FeatureSpaceHook', interval=2, pixels=200)]

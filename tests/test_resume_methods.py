@@ -7,12 +7,13 @@ import io
 
 import pytest
 import torch
-from ddp_methods import make_batch, prepare, shrink
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from test_ddp import CONFIGS, METHODS
 from tiny_run import same
+
+from ddp_methods import make_batch, prepare, shrink
 
 STEPS = 4
 

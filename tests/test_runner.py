@@ -6,13 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import mmseg
+import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.runner import Runner
+
+from processes import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / 'tools'
 STOCK_TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
-CONFIG = 'configs/quickstart/uda.py'
+CONFIG = ROOT / 'configs/quickstart/uda.py'
 # A smaller world: few images, a few iterations, dropout as it is.
 SMALL = [
     'train_dataloader.dataset.streams.source.dataset.num_images=12',
@@ -26,17 +34,12 @@ SMALL = [
 ]
 
 
-def tool(script, *args, options=(), env=None, launcher=()):
+def new_process(script, *args):
     """Run a tool as its user does."""
-    command = [sys.executable, *launcher, str(script), *map(str, args)]
-    if options:
-        command += ['--cfg-options', *options]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT),
-                 **(env or {})))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, args)], cwd=ROOT,
+        capture_output=True, text=True, timeout=300,
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
 
 
 def scalars(work_dir):
@@ -61,16 +64,21 @@ def train_options(iterations, workers=0, interval=3):
         'val_dataloader.persistent_workers=False']
 
 
-def test_resume_continues_exactly(tmp_path):
-    """Losses, weights and teachers of 3 + 3 iterations equal those of 6."""
+def test_resume_continues_exactly(tmp_path, run_tool):
+    """Losses, weights and teachers of 3 + 3 iterations equal those of 6.
+
+    The last 3 are those of the stock tool in a process of its own.
+    """
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    tool('tools/train.py', CONFIG, '--work-dir', whole,
-         options=train_options(6, workers=1))
+    run_tool(TOOLS / 'train.py', CONFIG, '--work-dir', whole,
+             '--cfg-options', *train_options(6, workers=1))
     # Stopped after 3 of 6 iterations; other workers than the whole run.
-    tool('tools/train.py', CONFIG, '--work-dir', parts,
-         options=train_options(3, workers=2))
-    tool('tools/train.py', CONFIG, '--work-dir', parts, '--resume',
-         options=train_options(6, workers=2))
+    run_tool(TOOLS / 'train.py', CONFIG, '--work-dir', parts,
+             '--cfg-options', *train_options(3, workers=2))
+    done = new_process(
+        STOCK_TOOLS / 'train.py', CONFIG, '--work-dir', parts, '--resume',
+        '--cfg-options', *train_options(6, workers=2))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     one, two = scalars(whole), scalars(parts)
     assert sorted(one) == sorted(two) == [1, 2, 3, 4, 5, 6]
     for step in (4, 5, 6):
@@ -84,70 +92,56 @@ def test_resume_continues_exactly(tmp_path):
         assert torch.equal(second[key], value), key
 
 
-def test_stock_tools_run_our_configs(tmp_path):
-    options = train_options(2, interval=2)
-    tool(STOCK_TOOLS / 'train.py', CONFIG, '--work-dir', tmp_path,
-         options=options)
+def test_stock_tools_run_our_configs(tmp_path, run_tool):
+    run_tool(STOCK_TOOLS / 'train.py', CONFIG, '--work-dir', tmp_path,
+             '--cfg-options', *train_options(2, interval=2))
+    options = ['--cfg-options', *SMALL, 'test_dataloader.num_workers=0',
+               'test_dataloader.persistent_workers=False']
     both = []
-    for script in (STOCK_TOOLS / 'test.py', ROOT / 'tools' / 'test.py'):
+    for script in (STOCK_TOOLS / 'test.py', TOOLS / 'test.py'):
         out = tmp_path / script.parent.parent.name
-        tool(script, CONFIG, tmp_path / 'iter_2.pth', '--work-dir', out,
-             options=[*SMALL, 'test_dataloader.num_workers=0',
-                      'test_dataloader.persistent_workers=False'])
+        run_tool(script, CONFIG, tmp_path / 'iter_2.pth', '--work-dir', out,
+                 *options)
         result = json.loads(next(out.glob('*/*.json')).read_text())
         both.append(result['mIoU'])
     assert both[0] == both[1]
     # Test-time augmentation, by student and teacher.
     out = tmp_path / 'tta'
-    tool('tools/test.py', CONFIG, tmp_path / 'iter_2.pth', '--work-dir', out,
-         '--tta', options=[
-             *SMALL, 'test_dataloader.num_workers=0',
-             'test_dataloader.persistent_workers=False',
+    run_tool(TOOLS / 'test.py', CONFIG, tmp_path / 'iter_2.pth',
+             '--work-dir', out, '--tta', *options,
              'test_dataloader.dataset.num_images=2',
              'model.predict_with=both',
              'test_evaluator.field=teacher_pred_sem_seg',
-             'test_evaluator.prefix=teacher'])
+             'test_evaluator.prefix=teacher')
     result = json.loads(next(out.glob('*/*.json')).read_text())
     assert 0 <= result['teacher/mIoU'] <= 100
 
 
-RANKS = '''
-import sys
-import torch
-from mmengine.config import Config
-from mmengine.dist import get_rank
-from mmengine.runner import Runner
-import mmseg_contrast
-
-# mmengine's own start insists on a GPU.
-torch.distributed.init_process_group('gloo')
-cfg = Config.fromfile(sys.argv[1])
-cfg.merge_from_dict(eval(sys.argv[3]))
-cfg.launcher = 'pytorch'
-cfg.model_wrapper_cfg = dict(
-    type='MMDistributedDataParallel', broadcast_buffers=False,
-    device_ids=None)
-cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-cfg.work_dir = sys.argv[2]
-cfg.default_hooks.checkpoint.interval = 100
-runner = Runner.from_cfg(cfg)
-runner.model.module.keep_step = True
-runner.train()
-model = runner.model.module
-step = model.last_step
-torch.save(dict(
-    state={k: v for k, v in model.state_dict().items()},
-    origin=step.view('mixed').extras['origin'],
-    source=step.view('source').images,
-    q=step.pseudo_labels['target'].parts[0][0],
-    confidence=step.pseudo_labels['target'].confidence,
-), f'{sys.argv[2]}/rank{get_rank()}.pth')
-'''
+def five_iterations_of_a_rank(folder, options):
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(options)
+    cfg.launcher = 'pytorch'
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False,
+        device_ids=None)
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.work_dir = str(folder)
+    cfg.default_hooks.checkpoint.interval = 100
+    runner = Runner.from_cfg(cfg)
+    runner.model.module.keep_step = True
+    runner.train()
+    model = runner.model.module
+    step = model.last_step
+    torch.save(dict(
+        state=dict(model.state_dict()),
+        origin=step.view('mixed').extras['origin'],
+        source=step.view('source').images,
+        q=step.pseudo_labels['target'].parts[0][0],
+        confidence=step.pseudo_labels['target'].confidence,
+    ), folder / f'rank{get_rank()}.pth')
 
 
 def test_two_ranks_agree_on_weights_and_differ_in_draws(tmp_path):
-    script = tmp_path / 'ranks.py'
-    script.write_text(RANKS)
     options = {}
     for option in train_options(5):
         key, value = option.split('=', 1)
@@ -157,9 +151,7 @@ def test_two_ranks_agree_on_weights_and_differ_in_draws(tmp_path):
             options[key] = value
     options['custom_hooks'] = [dict(type='PositionHook'),
                                dict(type='NormSyncHook')]
-    tool(script, CONFIG, tmp_path, repr(options), launcher=(
-        '-m', 'torch.distributed.run', '--nproc_per_node=2',
-        '--standalone'))
+    on_ranks(five_iterations_of_a_rank, tmp_path, options)
     one, two = (torch.load(tmp_path / f'rank{r}.pth', weights_only=True)
                 for r in range(2))
     # Student, teacher, and (after NormSyncHook) batch-norm statistics.
@@ -188,29 +180,27 @@ MISSING = 'train_dataloader.dataset.streams.target.dataset'
       f'{MISSING}.data_prefix.img_path=no/such/folder',
       f'{MISSING}.pipeline=[]'], ["stream 'target'", 'no/such/folder']),
 ], ids=['sampler', 'old-key', 'classes', 'folder'])
-def test_mistakes_are_named_before_training(tmp_path, options, words):
+def test_mistakes_are_named_before_training(
+        tmp_path, run_tool, capsys, options, words):
     small = [option for option in train_options(2)
              if not option.startswith(MISSING) or MISSING not in options[0]]
-    command = [sys.executable, 'tools/train.py', CONFIG, '--work-dir',
-               str(tmp_path), '--cfg-options', *small, *options]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
-    assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines()
-            if line.startswith('error: ')]
-    assert len(said) == 1, done.stderr[-2000:]
+    with pytest.raises(SystemExit) as ended:
+        run_tool(TOOLS / 'train.py', CONFIG, '--work-dir', tmp_path,
+                 '--cfg-options', *small, *options)
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert len(said) == 1, err[-2000:]
     for word in words:
         assert word in said[0]
-    assert 'Traceback' not in done.stderr
-    assert 'Iter(train)' not in done.stdout
+    assert 'Traceback' not in err
+    assert 'Iter(train)' not in out
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_file_that_breaks_later_is_named(tmp_path, workers):
+def test_a_file_that_breaks_later_is_named(
+        tmp_path, run_tool, capsys, workers):
     """Found only when its turn comes; no hang, one sentence."""
-    import cv2
-    import numpy as np
     folder = tmp_path / 'images'
     folder.mkdir()
     for i in range(6):
@@ -222,19 +212,22 @@ def test_a_file_that_breaks_later_is_named(tmp_path, workers):
                 "dict(type='PackStreamInputs')]")
     script = tmp_path / 'config.py'
     script.write_text(
-        f"_base_ = '{ROOT}/{CONFIG}'\n"
+        f"_base_ = '{CONFIG}'\n"
         'train_dataloader = dict(dataset=dict(streams=dict(target=dict('
         "dataset=dict(_delete_=True, type='BaseSegDataset', "
         f"img_suffix='.png', data_prefix=dict(img_path='{folder}'), "
         f'pipeline={pipeline})))))\n')
     options = [o for o in train_options(20, workers)
                if 'target.dataset.num_images' not in o]
-    done = subprocess.run(
-        [sys.executable, 'tools/train.py', str(script), '--work-dir',
-         str(tmp_path / 'work'), '--cfg-options', *options],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
-    assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines()
-            if line.startswith('error: ')]
-    assert len(said) == 1 and '4.png' in said[0], done.stderr[-2000:]
+    command = [TOOLS / 'train.py', script, '--work-dir', tmp_path / 'work',
+               '--cfg-options', *options]
+    if workers:
+        done = new_process(*command)
+        code, err = done.returncode, done.stderr
+    else:
+        with pytest.raises(SystemExit) as ended:
+            run_tool(*command)
+        code, err = ended.value.code, capsys.readouterr().err
+    assert code == 1
+    said = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert len(said) == 1 and '4.png' in said[0], err[-2000:]

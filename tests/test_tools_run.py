@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.visualization import Visualizer
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from mmseg.visualization import SegLocalVisualizer
 
 from mmseg_contrast.environment import allow_checkpoint_classes
 
@@ -116,26 +113,9 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run a tool in this process, from another folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def forget():
-        # mmengine keeps these by name; a real second run is a new process.
-        for kind in (MessageHub, MMLogger, Visualizer, SegLocalVisualizer):
-            kind._instance_dict.clear()
-
-    def run_tool(tool, *arguments):
-        forget()
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        runpy.run_path(str(TOOLS / tool), run_name='__main__')
-
-    yield run_tool
-    forget()
-    torch.set_num_threads(threads)
+def run(run_tool):
+    """Run one of our tools."""
+    return lambda tool, *arguments: run_tool(TOOLS / tool, *arguments)
 
 
 def scalars(work_dir):
