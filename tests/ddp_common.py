@@ -1,15 +1,9 @@
-"""Two ranks, or one process with both their batches; see test_ddp.py.
-
-    python -m torch.distributed.run --nproc_per_node=2 tests/ddp_common.py OUT
-"""
-
-import sys
+"""Two ranks, or one process with both their batches; see test_ddp.py."""
 
 import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import init_default_scope
 
 import ddp_methods  # noqa: F401  its backbone
 from helpers import CLASSES, batch, build, dacs_parts, tiny_student
@@ -101,15 +95,9 @@ def train(bank, mode, first=0, count=2 * SAMPLES):
     return model.state_dict()
 
 
-def main():
-    torch.set_num_threads(1)
-    init_default_scope('mmseg')
-    dist.init_process_group('gloo')
+def train_all(folder):
+    """On a rank: each case, with this rank's batch."""
     rank = dist.get_rank()
     states = {f'{bank}.{mode}': train(bank, mode, SAMPLES * rank, SAMPLES)
               for bank, mode in CASES}
-    torch.save(states, f'{sys.argv[1]}/rank{rank}.pth')
-
-
-if __name__ == '__main__':
-    main()
+    torch.save(states, folder / f'rank{rank}.pth')

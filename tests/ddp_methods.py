@@ -1,19 +1,11 @@
-"""Two ranks train each method in turn; run by tests/test_ddp_methods.py.
-
-    python -m torch.distributed.run --nproc_per_node=2 tests/ddp_methods.py \
-        RESULT.json STEPS CONFIG...
+"""Two ranks train each method in turn; see test_ddp.py.
 
 Each config gets a small backbone of its own widths. What is written: for each
 config the keys that differ between the ranks, and what was drawn.
 """
 
 import copy
-import datetime
 import json
-import os
-import sys
-import time
-import traceback
 
 import torch
 import torch.distributed as dist
@@ -21,12 +13,10 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from torch import nn
 
-import mmseg_contrast  # noqa: F401
 from helpers import sample
 from mmseg_contrast.adaptation import FeatureDistance
 from mmseg_contrast.models import ContrastHead
@@ -215,31 +205,13 @@ def train(path, steps):
         same_draws=[torch.equal(*gathered(one)) for one in drawn])
 
 
-def main():
-    result, steps, *paths = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', timeout=datetime.timedelta(seconds=60))
-    os.environ.setdefault('LOCAL_RANK', '0')
-    init_default_scope('mmseg')
+def train_each(folder, steps, paths):
+    """On a rank: each config in turn."""
     found = {}
     for path in paths:
         hub = MessageHub.get_instance(path)
         hub.update_info('max_iters', 100)
         hub.update_info('seed', 0)
-        start = time.time()
-        try:
-            found[path] = train(path, int(steps))
-        except Exception:  # the other rank waits in vain: an end to all
-            found[path] = dict(error=traceback.format_exc())
-        found[path]['seconds'] = time.time() - start
-        if dist.get_rank() == 0 or 'error' in found[path]:
-            with open(f'{result}.{dist.get_rank()}', 'w') as file:
-                json.dump(found, file)
-        if 'error' in found[path]:
-            os._exit(1)
-    dist.destroy_process_group()
-
-
-if __name__ == '__main__':
-    main()
+        found[path] = train(path, steps)
+    if dist.get_rank() == 0:
+        (folder / 'found.json').write_text(json.dumps(found))

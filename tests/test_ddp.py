@@ -1,9 +1,6 @@
 """Two ranks are one process with both batches; every method trains on two."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import ddp_common
 import ddp_methods
 from helpers import build
 from mmseg_contrast.engine import refuse_other_wrappers
+from processes import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -50,94 +48,60 @@ METHODS = sorted([
     'spcl/spcl_deeplabv2_r101-d8_4xb2-40k_gta2cityscapes-512x512'])
 
 
-def launch(script, *arguments, timeout=400):
-    return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-         '--nproc_per_node=2', str(ROOT / 'tests' / script), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env=dict(os.environ, OMP_NUM_THREADS='1',
-                 PYTHONPATH=f'{ROOT}:{ROOT / "tests"}'))
-
-
-@pytest.fixture(scope='module')
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('ranks')
-    done = launch('ddp_common.py', str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f'rank{rank}.pth', weights_only=True)
-            for rank in range(2)]
-
-
-@pytest.mark.parametrize(('bank', 'mode'), ddp_common.CASES)
-def test_two_ranks_are_one_process(ranks, bank, mode, monkeypatch):
+def test_two_ranks_are_one_process(tmp_path, monkeypatch):
+    on_ranks(ddp_common.train_all, tmp_path)
+    two, other = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True)
+                  for rank in range(2))
     monkeypatch.setattr(ddp_common.ClassMix, 'choose', None)
     monkeypatch.setattr(ddp_common.StrongAugment, 'draw', None)
-    one = ddp_common.train(bank, mode)
-    two, other = (rank[f'{bank}.{mode}'] for rank in ranks)
-    assert set(two) == set(one)
-    for key, value in two.items():
-        assert torch.equal(value, other[key]), key
-        torch.testing.assert_close(
-            value, one[key], rtol=1e-8, atol=1e-10, msg=key)
-    fresh = ddp_common.make(bank, mode).state_dict()
-    assert any(not torch.equal(fresh[key], value)
-               for key, value in two.items() if 'backbone' in key)
-    if bank is not None:
-        assert two['auxiliary_head.bank.count'].sum() > 0
+    for bank, mode in ddp_common.CASES:
+        case = f'{bank}.{mode}'
+        one = ddp_common.train(bank, mode)
+        fresh = ddp_common.make(bank, mode).state_dict()
+        assert set(two[case]) == set(one)
+        for key, value in two[case].items():
+            assert torch.equal(value, other[case][key]), (case, key)
+            torch.testing.assert_close(
+                value, one[key], rtol=1e-8, atol=1e-10, msg=f'{case} {key}')
+        assert any(not torch.equal(fresh[key], value)
+                   for key, value in one.items() if 'backbone' in key)
+        if bank is not None:
+            assert one['auxiliary_head.bank.count'].sum() > 0
 
 
-def train_methods(folder, steps, names, timeout):
-    result = folder / 'methods.json'
-    paths = [str(CONFIGS / f'{name}.py') for name in names]
-    done = launch('ddp_methods.py', str(result), str(steps), *paths,
-                  timeout=timeout)
-    found = {}
-    for rank in (0, 1):
-        part = Path(f'{result}.{rank}')
-        if part.is_file():
-            for path, one in json.loads(part.read_text()).items():
-                name = str(Path(path).relative_to(CONFIGS).with_suffix(''))
-                found[name] = one if 'error' in one else found.get(name, one)
-    assert found, done.stderr[-3000:]
-    return found
+#: Methods that paste, and methods with a memory.
+MIXING = ('dacs', 'daformer', 'hrda', 'mic', 'cluda', 'sepico', 'pipa')
+BANKS = ('mochi', 'proca', 'protoseg', 'sdca/sdca_', 'sepico', 'spcl/spcl_',
+         'contrastive_seg/contrastive-seg-memory')
 
 
-@pytest.fixture(scope='module')
-def methods(tmp_path_factory):
-    return train_methods(
-        tmp_path_factory.mktemp('methods'), 6, METHODS, 400)
+def check_methods(folder, steps, names, timeout):
+    paths = {name: str(CONFIGS / f'{name}.py') for name in names}
+    on_ranks(ddp_methods.train_each, folder, steps, list(paths.values()),
+             timeout=timeout)
+    found = json.loads((folder / 'found.json').read_text())
+    for name, path in paths.items():
+        one = found[path]
+        assert one['finite'] and not one['differing'], (name, one)
+        assert one['moved'] > 0, name
+        assert not any(one['same_draws']), name
+        if name.startswith(MIXING):
+            assert one['same_draws'] == [False], name
+        if name.startswith(BANKS) and 'stage' not in name:
+            assert len(one['banks']) >= 3, name
 
 
-def check(one):
-    assert one is not None, 'an earlier method failed'
-    assert 'error' not in one, one['error']
-    assert one['finite'] and not one['differing']
-    assert one['moved'] > 0
-    assert not any(one['same_draws'])
-
-
-@pytest.mark.parametrize('name', METHODS)
-def test_a_method_on_two_ranks(methods, name):
-    one = methods.get(name)
-    check(one)
-    mixing = ('dacs', 'daformer', 'hrda', 'mic', 'cluda', 'sepico', 'pipa')
-    if name.split('/')[0] in mixing:
-        assert one['same_draws'] == [False]
-    banks = ('mochi', 'proca', 'protoseg', 'sdca/sdca_', 'sepico',
-             'spcl/spcl_', 'contrastive_seg/contrastive-seg-memory')
-    if name.startswith(banks):
-        assert len(one['banks']) >= 3
+def test_each_method_on_two_ranks(tmp_path):
     assert max(ddp_methods.EMPTY) < 6
+    check_methods(tmp_path, 6, METHODS, 400)
 
 
 @pytest.mark.slow
 def test_every_shipped_config_on_two_ranks(tmp_path):
-    names = [str(path.relative_to(CONFIGS).with_suffix(''))
-             for path in sorted(CONFIGS.rglob('*.py'))
-             if not {'_base_', 'quickstart'} & set(path.parts)]
-    found = train_methods(tmp_path, 20, names, 3600)
-    for name in names:
-        check(found.get(name))
+    check_methods(tmp_path, 20, [
+        str(path.relative_to(CONFIGS).with_suffix(''))
+        for path in sorted(CONFIGS.rglob('*.py'))
+        if not {'_base_', 'quickstart'} & set(path.parts)], 3600)
 
 
 class Sharding(nn.Module):
