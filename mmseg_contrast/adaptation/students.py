@@ -238,6 +238,11 @@ class StudentOutput:
         return self._adapter.backbone_images(self._view)
 
     @property
+    def align_corners(self) -> bool:
+        """How the student's logits are resized."""
+        return self._adapter.segmentor.align_corners
+
+    @property
     def logits(self) -> Tensor | None:
         """Logits of the last decode head, ``(N, C, h, w)``.
 

@@ -6,9 +6,11 @@ from .norm_sync import NormSyncHook
 from .position import PositionHook
 from .prototype_init import PrototypeInitHook
 from .pseudo_label_health import PseudoLabelHealthHook
+from .runtime_info import DeferredRuntimeInfoHook
 from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
-    'ContrastHealthHook', 'FeatureSpaceHook', 'NormSyncHook', 'PositionHook',
-    'PrototypeInitHook', 'PseudoLabelHealthHook', 'UDAVisualizationHook'
+    'ContrastHealthHook', 'DeferredRuntimeInfoHook', 'FeatureSpaceHook',
+    'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
+    'PseudoLabelHealthHook', 'UDAVisualizationHook'
 ]
