@@ -324,8 +324,13 @@ def test_fused_if_it_is_asked_for_gives_the_same_steps():
     assert all(g['fused'] for g in fused[1].optimizer.param_groups)
     assert len(fused[1].optimizer.param_groups) == len(
         plain[1].optimizer.param_groups)
-    for a, b in zip(after_steps(*fused), after_steps(*plain), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    names = [name for name, _ in plain[0].named_parameters()]
+    for name, a, b in zip(names, after_steps(*fused), after_steps(*plain),
+                          strict=True):
+        # Before a batch norm a bias has no gradient but rounding, which
+        # AdamW turns into steps.
+        if name != 'segmentor.backbone.0.bias':
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 class OnGPU:
