@@ -5,6 +5,7 @@ import torch
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
+from mmengine.utils import digit_version
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -13,6 +14,7 @@ from mmseg_contrast.engine.optimizer import (
     describe_groups,
     drop_frozen,
     merge_groups,
+    use_fused,
 )
 
 UDA = 'UDAOptimWrapperConstructor'
@@ -287,3 +289,78 @@ def test_stock_layer_decay_on_the_wrapper_is_refused():
     refuse_layer_decay_on_wrapper(
         dict(optim_wrapper=dict(constructor='UDAOptimWrapperConstructor')),
         wrapped)
+
+
+def after_steps(model, wrapper, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        wrapper.update_params(model(
+            torch.randn(2, 3, 6, 6, generator=generator)))
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def built(seed=0, **more):
+    torch.manual_seed(seed)
+    model = Model()
+    return model, build_optim_wrapper(model, config(**more))
+
+
+def test_fused_auto_changes_nothing_on_the_cpu():
+    results = []
+    for more in (dict(), dict(fused='auto'), dict(fused=False)):
+        model, wrapper = built(**more)
+        assert not wrapper.optimizer.defaults['fused']
+        assert not any(g['fused'] for g in wrapper.optimizer.param_groups)
+        results.append(after_steps(model, wrapper))
+    for other in results[1:]:
+        assert all(torch.equal(a, b)
+                   for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(digit_version(torch.__version__) < digit_version('2.4'),
+                    reason='torch has no fused AdamW on the CPU')
+def test_fused_if_it_is_asked_for_gives_the_same_steps():
+    plain, fused = built(), built(fused=True)
+    assert all(g['fused'] for g in fused[1].optimizer.param_groups)
+    assert len(fused[1].optimizer.param_groups) == len(
+        plain[1].optimizer.param_groups)
+    names = [name for name, _ in plain[0].named_parameters()]
+    for name, a, b in zip(names, after_steps(*fused), after_steps(*plain),
+                          strict=True):
+        # Before a batch norm a bias has no gradient but rounding, which
+        # AdamW turns into steps.
+        if name != 'segmentor.backbone.0.bias':
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class OnGPU:
+    """What use_fused asks of a tensor."""
+
+    is_cuda = True
+
+    def __init__(self, floating=True):
+        self.floating = floating
+
+    def is_floating_point(self):
+        return self.floating
+
+
+def test_where_auto_is_fused():
+    adam, on_gpu = dict(type='AdamW', lr=1e-3), [OnGPU(), OnGPU()]
+    assert use_fused('auto', adam, on_gpu)
+    assert use_fused('auto', dict(type=torch.optim.AdamW), on_gpu)
+    assert not use_fused('auto', adam, [*on_gpu, torch.zeros(2)])
+    assert not use_fused('auto', adam, [*on_gpu, OnGPU(floating=False)])
+    assert not use_fused('auto', dict(type='Rprop'), on_gpu)
+    assert not use_fused(False, adam, on_gpu)
+    # The optimizer's own words count.
+    for own in (dict(fused=False), dict(foreach=True)):
+        assert not use_fused('auto', dict(adam, **own), on_gpu)
+        assert not use_fused(True, dict(adam, **own), on_gpu)
+
+
+def test_mistakes_of_fused_are_named():
+    with pytest.raises(ValueError, match="fused must be True, False or 'au"):
+        built(fused='yes')
+    with pytest.raises(ValueError, match="'Rprop' has no fused form"):
+        use_fused(True, dict(type='Rprop'), [])

@@ -29,6 +29,9 @@ from test_golden_daformer import (
 from mmseg_contrast.models.legacy import convert_student
 
 DATA = Path(__file__).resolve().parent / 'data'
+#: In float32. The recorded code adds up attention in another order, and Adam
+#: magnifies rounding where gradients are small.
+LOGITS, WEIGHTS = 1e-4, 2e-6
 #: Prefix of the run, its precision, and whose draws it has.
 RUNS = {'': (torch.float32, ''), 'f64/': (torch.float64, ''),
         'sep/': (torch.float32, 'sep/'), 'sep_f64/': (torch.float64, 'sep/')}
@@ -215,7 +218,7 @@ def test_golden_three_steps(golden, run):
             agree(windows[1], golden['teacher_raw_hr_crops_norm'][i], 3e-6)
         else:
             agree(students['masked'].fused.detach()[..., ::4, ::4],
-                  golden['sep/masked_fused_s4'][i], 0, 5e-5)
+                  golden['sep/masked_fused_s4'][i], 0, LOGITS)
         if run == 'f64/' and i == 0:
             agree(taught[0].fused[..., ::4, ::4],
                   golden['f64/teacher_fused_s4'], 0, 1e-11)
@@ -242,7 +245,7 @@ def test_golden_three_steps(golden, run):
             scheduler.step()
         agree(norms(named(model.segmentor, sources), names)[settled],
               golden[f'{run}param_norm'][i][settled],
-              1e-11 if exact else 1e-6)
+              1e-11 if exact else WEIGHTS)
     if not drawn:
         compare_tensors(golden, run, 'param', model, sources)
 
@@ -301,7 +304,7 @@ def compare_logits(golden, i, taught, students):
             key = f'{name}_s{every}'
             if key in golden:
                 agree(maps.detach()[..., ::every, ::every], golden[key][i],
-                      0, 5e-5)
+                      0, LOGITS)
                 compared += 1
     assert compared == 13
 

@@ -191,8 +191,14 @@ def test_what_a_head_classifies_can_be_seen(kind):
     assert torch.equal(head.conv_seg(seen.features), seen.logits)
     if kind == 'FCNHead':
         assert torch.equal(seen.logits, output)
-    assert not head.conv_seg._forward_hooks
-    assert not head.dropout._forward_pre_hooks
+    # Nothing is kept outside of the block, and a copy sees its own.
+    head(features)
+    for part in (head.dropout, head.conv_seg):
+        assert not {'seen_input', 'seen_output'} & set(vars(part))
+    with classifier_input(copy.deepcopy(head)) as other:
+        head(features)
+    assert other.features is None and other.logits is None
+    assert len(head.conv_seg._forward_hooks) == 1
     # Before dropout: what is dropped differs, what is seen doesn't.
     head.train()
     for norm in head.modules():

@@ -8,6 +8,8 @@ env_cfg = dict(
 
 # Logs, pictures and checkpoints
 default_hooks = dict(
+    # mmengine's waits for the GPU at each loss of each iteration.
+    runtime_info=dict(type='DeferredRuntimeInfoHook'),
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),

@@ -120,9 +120,10 @@ class PlainHead:
             features (Sequence[Tensor]): Outputs of backbone and neck.
             previous (Tensor, optional): Logits of the stage before.
         """
+        # Called, not forward(): a compiled head must be asked this way.
         if previous is None:
-            return self.head.forward(features)
-        return self.head.forward(features, previous)
+            return self.head(features)
+        return self.head(features, previous)
 
     def logits(self, outputs: Any) -> Tensor:
         """The map of logits that stands for the head's prediction."""
@@ -167,6 +168,9 @@ class PlainHead:
         result: dict[str, Tensor] = {}
         for piece in self.pieces(outputs, target):
             logits, goal = piece.logits, piece.target
+            # Resized and compared with labels in full precision.
+            logits = logits.to(
+                torch.promote_types(logits.dtype, torch.float32))
             if logits.dim() == 4:
                 logits = F.interpolate(
                     logits, goal.labels.shape[-2:], mode='bilinear',
@@ -325,7 +329,7 @@ class PointHead(PlainHead):
                 previous, calculate_uncertainty, cfg=self.train_cfg)
         fine = head._get_fine_grained_point_feats(chosen, points)
         coarse = head._get_coarse_point_feats(previous, points)
-        return head.forward(fine, coarse), points, previous
+        return head(fine, coarse), points, previous
 
     def logits(self, outputs: Any) -> Tensor:  # noqa: D102
         return outputs[2]

@@ -137,6 +137,7 @@ class UDASegmentor(BaseSegmentor):
             view for objective in self.objectives.values()
             if getattr(objective, 'update_norm', False)
             for view in objective.needs}
+        self._mode: bool | None = None
         self.keep_step = False
         self.last_step: Step | None = None
         transparent_state_dict(self)
@@ -196,9 +197,16 @@ class UDASegmentor(BaseSegmentor):
                     module.init_weights()
 
     def train(self, mode: bool = True) -> UDASegmentor:
-        """As any module; evaluation lets go of a kept step."""
+        """As any module; evaluation lets go of a kept step.
+
+        mmengine asks for it in each iteration: nothing is walked through if
+        nothing changes.
+        """
         if not mode:
             self.last_step = None
+        if mode == self._mode == self.segmentor.training:
+            return self
+        self._mode = mode
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.config import ConfigDict
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from torch import Tensor, nn
 
@@ -246,6 +247,11 @@ class StudentOutput:
         return self._adapter.backbone_images(self._view)
 
     @property
+    def align_corners(self) -> bool:
+        """How the student's logits are resized."""
+        return self._adapter.segmentor.align_corners
+
+    @property
     def logits(self) -> Tensor | None:
         """Logits of the last decode head, ``(N, C, h, w)``.
 
@@ -340,13 +346,13 @@ def class_probabilities(segmentor: nn.Module, images: Tensor,
     # ones name the size before padding.
     metas = [dict(ori_shape=size, img_shape=size, pad_shape=size,
                   padding_size=(0, 0, 0, 0)) for _ in range(len(images))]
-    if features is not None and (
-            type(segmentor).encode_decode is EncoderDecoder.encode_decode):
-        scores = segmentor.decode_head.predict(
-            features, metas, segmentor.test_cfg)
+    if type(segmentor).encode_decode is EncoderDecoder.encode_decode:
+        if features is None:
+            features = segmentor.extract_feat(images)
+        scores = _decode(segmentor, features, metas)
     else:
         scores = segmentor.encode_decode(images, metas)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = _full_precision(scores)
     if tuple(scores.shape[-2:]) != size:
         scores = F.interpolate(scores, size, mode='bilinear',
                                align_corners=segmentor.align_corners)
@@ -360,3 +366,21 @@ def class_probabilities(segmentor: nn.Module, images: Tensor,
         positive = scores.sigmoid()
         return torch.cat([1 - positive, positive], 1)
     return scores.softmax(1)
+
+
+def _decode(segmentor: nn.Module, features: Any, metas: list[dict]) -> Tensor:
+    """Scores of the decode head, at the images' resolution."""
+    head = segmentor.decode_head
+    stock = (isinstance(head, BaseDecodeHead)
+             and type(head).predict is BaseDecodeHead.predict)
+    if not stock:
+        return head.predict(features, metas, segmentor.test_cfg)
+    # What predict() does, but the head is called, as a compiled one must be,
+    # and logits are resized in full precision.
+    return head.predict_by_feat(_full_precision(head(features)), metas)
+
+
+def _full_precision(scores: Any) -> Any:
+    if not isinstance(scores, Tensor):
+        return scores
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

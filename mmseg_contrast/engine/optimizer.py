@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIMIZERS
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import Tensor, nn
 
@@ -34,27 +36,35 @@ class UDAOptimWrapperConstructor:
     without ``segmentor`` is treated as the student itself.
 
     Args:
-        optim_wrapper_cfg (dict): As for any constructor. Its additional key
+        optim_wrapper_cfg (dict): As for any constructor, with two more keys.
             ``base_constructor`` names the stock constructor to apply; default
-            ``'DefaultOptimWrapperConstructor'``.
+            ``'DefaultOptimWrapperConstructor'``. ``fused`` says whether the
+            optimizer updates all tensors in one kernel: True, False, or
+            'auto', which does so where it can, if all that is trained is on
+            GPUs. An ``optimizer`` that says ``fused`` or ``foreach`` itself
+            is left alone.
         paramwise_cfg (dict, optional): Passed to the stock constructor.
 
     Raises:
-        ValueError: If the student has nothing to train.
+        ValueError: If the student has nothing to train, or ``fused`` is none
+            of the three or not possible.
     """
 
     def __init__(self,
                  optim_wrapper_cfg: dict,
                  paramwise_cfg: dict | None = None) -> None:
         cfg = copy.deepcopy(optim_wrapper_cfg)
+        self.fused = cfg.pop('fused', 'auto')
+        if self.fused not in (True, False, 'auto'):
+            raise ValueError("optim_wrapper.fused must be True, False or "
+                             f"'auto', got {self.fused!r}.")
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
         self.custom_keys = dict((paramwise_cfg or {}).get('custom_keys', {}))
-        self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
-            dict(
-                type=base,
-                optim_wrapper_cfg=cfg,
-                # Layer decay renames keys of this dict in place.
-                paramwise_cfg=copy.deepcopy(paramwise_cfg)))
+        self.base = dict(
+            type=base,
+            optim_wrapper_cfg=cfg,
+            # Layer decay renames keys of this dict in place.
+            paramwise_cfg=copy.deepcopy(paramwise_cfg))
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper.
@@ -74,11 +84,16 @@ class UDAOptimWrapperConstructor:
                 'model.segmentor has no trainable parameter: unfreeze a part '
                 'of it (frozen_stages, frozen_exclude, ...).')
 
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer_cfg = self.base['optim_wrapper_cfg']['optimizer']
+        if use_fused(self.fused, optimizer_cfg, trained):
+            optimizer_cfg['fused'] = True
+        base = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)
         # The table below says in a few lines what stock constructors say in
         # three for each tensor.
         with _without_lines('paramwise_options',
                             'is skipped since its requires_grad'):
-            optim_wrapper = self.base(student)
+            optim_wrapper = base(student)
         optimizer = optim_wrapper.optimizer
         drop_frozen(optimizer)
         add_parameters(optimizer, trainable_extras(model, student),
@@ -86,6 +101,32 @@ class UDAOptimWrapperConstructor:
         merge_groups(optimizer)
         print_log(describe_groups(optimizer), logger='current')
         return optim_wrapper
+
+
+def use_fused(asked: bool | str, optimizer_cfg: Mapping,
+              trained: Sequence[Tensor]) -> bool:
+    """Whether to build the optimizer with ``fused=True``.
+
+    Args:
+        asked (bool or str): True, False or 'auto'.
+        optimizer_cfg (Mapping): The optimizer's config.
+        trained (Sequence[Tensor]): What will be trained.
+
+    Raises:
+        ValueError: If it is asked for and the optimizer has no such form.
+    """
+    if not asked or {'fused', 'foreach'} & set(optimizer_cfg):
+        return False
+    kind = optimizer_cfg['type']
+    cls = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+    known = cls is not None and 'fused' in inspect.signature(cls).parameters
+    if asked == 'auto':
+        return known and all(p.is_cuda and p.is_floating_point()
+                             for p in trained)
+    if not known:
+        raise ValueError('optim_wrapper.fused = True, but optim_wrapper.'
+                         f'optimizer.type = {kind!r} has no fused form.')
+    return True
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from .dlv2_head import DLV2Head
 from .fusion import ASPPFusion, ConvFusion, ISAFusion
 from .hrda import HRDASegmentor
 from .hrda_head import HRDAHead, ScaleLogits
-from .mit import ReferenceMixVisionTransformer
+from .mit import ReferenceMixVisionTransformer, SDPAMixVisionTransformer
 from .multi_scale import MultiScale
 from .projection import Projection
 from .slide import BatchedSlide, batched_slide, windows_per_pass
@@ -20,5 +20,6 @@ __all__ = [
     'ContrastHead', 'ContrastLoss', 'ConvFusion', 'DAFormerHead', 'DLV2Head',
     'DomainDataPreprocessor', 'HRDAHead', 'HRDASegmentor', 'ISAFusion',
     'MultiScale', 'Pixels', 'Projection', 'ReferenceMixVisionTransformer',
-    'ScaleLogits', 'UDATTAModel', 'batched_slide', 'windows_per_pass'
+    'SDPAMixVisionTransformer', 'ScaleLogits', 'UDATTAModel', 'batched_slide',
+    'windows_per_pass'
 ]

@@ -13,5 +13,6 @@ uda = dict(
         mixed_strong=dict(
             type='StrongAugment', view='mixed', jitter_strength=0.25)),
     objectives=dict(
-        source=dict(type='Segmentation', view='source'),
+        source=dict(
+            type='Segmentation', view='source', accuracy_interval=50),
         mixed=dict(type='Segmentation', view='mixed_strong')))

@@ -13,7 +13,8 @@ uda = dict(
         mixed_strong=dict(
             type='StrongAugment', view='mixed', jitter_strength=0.2)),
     objectives=dict(
-        source=dict(type='Segmentation', view='source'),
+        source=dict(
+            type='Segmentation', view='source', accuracy_interval=50),
         feature_distance=dict(
             type='FeatureDistance',
             view='source',

@@ -15,7 +15,8 @@ uda = dict(
         target_strong=dict(type='StrongAugment', view='target_crop'),
         mixed_strong=dict(type='StrongAugment', view='mixed')),
     objectives=dict(
-        source=dict(type='Segmentation', view='source_strong'),
+        source=dict(
+            type='Segmentation', view='source_strong', accuracy_interval=50),
         mixed=dict(type='Segmentation', view='mixed_strong'),
         contrast=dict(
             type='Contrast',

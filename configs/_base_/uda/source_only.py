@@ -7,5 +7,6 @@ uda = dict(
         strong=dict(
             type='StrongAugment', view='source', jitter_strength=0.25)),
     objectives=dict(
-        source=dict(type='Segmentation', view='source'),
+        source=dict(
+            type='Segmentation', view='source', accuracy_interval=50),
         strong=dict(type='Segmentation', view='strong')))

@@ -10,6 +10,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..heads import Target
+from ..losses import IGNORE
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -26,13 +27,24 @@ class Segmentation(nn.Module):
         weight (float): Factor on all losses.
         update_norm (bool, optional): Whether this pass records batch-norm
             statistics. None: if the weight isn't 0.
+        accuracy_interval (int): Log ``decode.acc_seg``, as mmseg does in
+            each iteration, in every so many; 0 is never. To be logged it
+            must be that of the logger.
+
+    Raises:
+        ValueError: If the interval is below 0.
     """
 
     def __init__(self,
                  view: str,
                  weight: float = 1.0,
-                 update_norm: bool | None = None) -> None:
+                 update_norm: bool | None = None,
+                 accuracy_interval: int = 0) -> None:
         super().__init__()
+        if accuracy_interval < 0:
+            raise ValueError('model.objectives.*.accuracy_interval must be '
+                             f'>= 0, got {accuracy_interval}.')
+        self.accuracy_interval = accuracy_interval
         self.view = view
         self.needs = (view, )
         self.weight = weight
@@ -59,7 +71,27 @@ class Segmentation(nn.Module):
             view.extras.get('edges')))
         if 'origin' in view.extras:
             _log_agreement(step, view, student)
-        return {key: self.weight * value for key, value in losses.items()}
+        result = {key: self.weight * value for key, value in losses.items()}
+        interval = self.accuracy_interval
+        if interval and (step.iteration + 1) % interval == 0:
+            result.update(_accuracy(view, student))
+        return result
+
+
+@torch.no_grad()
+def _accuracy(view: View, student: StudentOutput) -> dict[str, Tensor]:
+    """Percent of the labelled pixels that the decode head has right."""
+    logits, labels = student.logits, view.labels
+    if logits is None or logits.dim() != 4 or labels is None:
+        return {}
+    logits = F.interpolate(
+        logits.float(), labels.shape[-2:], mode='bilinear',
+        align_corners=student.align_corners)
+    predicted = logits.argmax(1) if logits.shape[1] > 1 else (
+        logits[:, 0] > 0).long()
+    kept = labels != IGNORE
+    right = ((predicted == labels) & kept).sum()
+    return {'decode.acc_seg': 100 * right / kept.sum().clamp_min(1)}
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from .norm_sync import NormSyncHook
 from .position import PositionHook
 from .prototype_init import PrototypeInitHook
 from .pseudo_label_health import PseudoLabelHealthHook
+from .runtime_info import DeferredRuntimeInfoHook
 from .safe_checkpoint import SafeCheckpointHook
 from .stop_signal import StopSignalHook
 from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
-    'ContrastHealthHook', 'FeatureSpaceHook', 'MemoryAdviceHook',
-    'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
+    'ContrastHealthHook', 'DeferredRuntimeInfoHook', 'FeatureSpaceHook',
+    'MemoryAdviceHook', 'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
     'PseudoLabelHealthHook', 'SafeCheckpointHook', 'StopSignalHook',
     'UDAVisualizationHook'
 ]
