@@ -16,6 +16,7 @@ from ..ops import (
     own_class,
     prototype_energies,
     temperature_scale,
+    unit,
 )
 from .bank import Bank, acceptable, new_share
 from .negatives import HardNegativeMixing
@@ -320,8 +321,7 @@ class PrototypeTokens(Bank):
 
     def vectors(self) -> Tensor:
         """What anchors are compared with, ``(C, K, D)``, with gradients."""
-        return F.normalize(self.tokens, dim=2) if (
-            self.normalize) else self.tokens
+        return unit(self.tokens, 2) if self.normalize else self.tokens
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Tokens ``(C K, D)`` and their classes."""

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .finite import NonFiniteError
+
 DEBUG = 'MMSEG_CONTRAST_DEBUG'
 
 
@@ -29,7 +31,9 @@ def sentence(error: BaseException) -> str:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Show a ValueError, or a missing file, as its sentence, and exit with 1.
+    """Show an expected error as its sentence, and exit with 1.
+
+    That is a ValueError, a missing file, or what NaNGuardHook found.
 
     The environment variable ``MMSEG_CONTRAST_DEBUG=1`` shows the traceback.
 
@@ -38,7 +42,7 @@ def one_sentence() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
         if os.environ.get(DEBUG):
             raise
         print(f'error: {sentence(error)}\n({DEBUG}=1 shows where.)',

@@ -91,6 +91,7 @@ from .sampling import (
 )
 from .sliding import slide_windows
 from .transport import class_sinkhorn
+from .unit import unit
 
 __all__ = [
     'annealed_alpha', 'balance_scores', 'bank_energies', 'bank_positives',
@@ -118,6 +119,6 @@ __all__ = [
     'scale_box', 'similar_class_negatives', 'slide_boxes', 'slide_windows',
     'split_weights', 'symmetric_cross_entropy', 'teacher_topk',
     'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
-    'uniform_divergence', 'unreliable_class_members', 'variance_energies',
-    'within', 'without_classes',
+    'uniform_divergence', 'unit', 'unreliable_class_members',
+    'variance_energies', 'within', 'without_classes',
 ]

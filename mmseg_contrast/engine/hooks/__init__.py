@@ -2,6 +2,7 @@
 
 from .contrast_health import ContrastHealthHook
 from .feature_space import FeatureSpaceHook
+from .nan_guard import NaNGuardHook
 from .norm_sync import NormSyncHook
 from .position import PositionHook
 from .prototype_init import PrototypeInitHook
@@ -9,6 +10,7 @@ from .pseudo_label_health import PseudoLabelHealthHook
 from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
-    'ContrastHealthHook', 'FeatureSpaceHook', 'NormSyncHook', 'PositionHook',
-    'PrototypeInitHook', 'PseudoLabelHealthHook', 'UDAVisualizationHook'
+    'ContrastHealthHook', 'FeatureSpaceHook', 'NaNGuardHook', 'NormSyncHook',
+    'PositionHook', 'PrototypeInitHook', 'PseudoLabelHealthHook',
+    'UDAVisualizationHook'
 ]
