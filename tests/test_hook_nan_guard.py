@@ -454,6 +454,38 @@ def test_guard_leaves_out_a_scaled_step_of_finite_gradients(tmp_path, log):
     assert trainer.hook.skipped == 1  # the second is still on its way
 
 
+@pytest.mark.parametrize('way', [FUSED, SCALER])
+def test_guard_never_waits(tmp_path, monkeypatch, way):
+    """But for numbers of the iteration before, which have arrived."""
+    model = build()
+    hook = NaNGuardHook(action='skip')
+    trainer = Trainer(model, hook, tmp_path, wrapper_of(model, way))
+    trainer.train(batch())
+    reads = ('item', 'tolist', '__bool__', '__float__', '__int__',
+             '__index__', 'nonzero')
+    judged = []
+
+    def no_waiting(real):
+        def checked(*args, **options):
+            with monkeypatch.context() as patch:
+                for name in reads:
+                    def read(self, name=name):
+                        raise AssertionError(f'Tensor.{name} waits')
+                    patch.setattr(torch.Tensor, name, read)
+                return real(*args, **options)
+        return checked
+
+    monkeypatch.setattr(hook, '_judge', lambda runner, record: judged.append(
+        record.iteration))
+    for name in ('before_train_iter', '_watch', '_settle',
+                 'after_train_iter'):
+        monkeypatch.setattr(hook, name, no_waiting(getattr(hook, name)))
+    trainer.train(images(), batch(), batch())
+    assert judged == [0, 1, 2]
+    with pytest.raises(AssertionError, match='Tensor.item waits'):
+        no_waiting(lambda: torch.ones(1).item())()
+
+
 def test_guard_ways():
     model = torch.nn.Linear(2, 2)
     cpu, cuda = torch.device('cpu'), torch.device('cuda')
@@ -527,29 +559,27 @@ def test_guard_keeps_no_step_but_for_others(tmp_path):
     copy.deepcopy(model)  # without the hook and its optimizer
 
 
-def test_guard_of_losses_in_parts(tmp_path):
-    """A way to train that parses one group of losses after the other."""
-    class Parts(type(build())):
-        def train_step(self, data, optim_wrapper):
-            data = self.data_preprocessor(data, True)
-            losses = self(**data, mode='loss')
-            logs = {}
-            for key, value in losses.items():
-                total, one = self.parse_losses({key: value})
-                logs.update(one)
-                if 'loss' in key:
-                    total.backward(retain_graph=True)
-            optim_wrapper.step()
-            optim_wrapper.zero_grad()
-            return logs
+def test_guard_of_one_backward_after_the_other(tmp_path, log):
+    """Losses come in groups there, and the step after the last."""
+    def model_of():
+        return build(tiny_student(), backward='sequential', **dacs_parts())
 
-    model = build()
-    model.__class__ = Parts
+    model = model_of()
     trainer = Trainer(model, NaNGuardHook(), tmp_path).train(batch())
     before = weights_of(model)
-    with pytest.raises(NonFiniteError, match='source.decode.loss_ce is nan'):
-        trainer.train(images())
+    with pytest.raises(NonFiniteError, match=(
+            "mixed.decode.loss_ce is nan, on 'mixed_strong'. Images of the "
+            "view 'mixed_strong' are not finite.")):
+        spoil(model.views['mixed_strong'],
+              lambda view: view.images[0, 0].fill_(INF))
+        trainer.train(batch(seed=1))
     assert moved(before, weights_of(model), but=['running', 'teach']) == []
+
+    model = model_of()
+    hook = NaNGuardHook(action='skip')
+    trainer = Trainer(model, hook, tmp_path).train(batch(), images())
+    assert hook.skipped == 1 and finite.broken_weights(model) == []
+    assert not model.keep_step and model.last_step is None
 
 
 def test_guard_restores_a_buffer_that_a_head_replaces(tmp_path, log):

@@ -50,6 +50,8 @@ class Trace:
             keys.append('loss')
         for key in keys:
             value = log_vars[key]
+            # Losses may come in parts, each with a total.
+            self._fatal.pop((LOSS, key), None)
             if isinstance(value, Tensor):  # 0 where there was no loss
                 self._fatal[LOSS, key] = value.detach().float().view(())
 

@@ -155,7 +155,6 @@ class NaNGuardHook(Hook):
                       'optim_wrapper.optimizer.fused=True avoids it.',
                       logger='current')
         self._records: deque[_Record] = deque()
-        self._pinned: deque[Tensor] = deque()
         self._in_a_row = self._files = 0
         self._zero = torch.zeros(1, device=self._device)
         self._update: Tensor | None = None  # its flag so far
@@ -206,12 +205,12 @@ class NaNGuardHook(Hook):
             # Others read the step after the iteration; if none does, it is
             # let go of before the backward.
             self._keeps_step = not self._model.keep_step
-            self._model.keep_step = True
+            self._model.keep_step, self._model.last_step = True, None
         self._before = _flat(self._buffers) if self._buffers else None
 
     def _watch(self, log_vars: Mapping[str, Tensor]) -> None:
         """All ways to train pass here, some with parts of the losses."""
-        if self._trace is not None:
+        if self._trace is not None and self._shared is None:
             self._trace.add_losses(log_vars)
             self._look_at_step(self._trace)
 
@@ -287,16 +286,9 @@ class NaNGuardHook(Hook):
         numbers = record.numbers
         if numbers.device.type != 'cuda':
             return record
-        # There are two in flight at most, so the third buffer is free again.
-        while self._pinned and len(self._pinned[0]) < len(numbers):
-            self._pinned.popleft()
-        if len(self._pinned) < 3:
-            self._pinned.append(torch.empty(
-                len(numbers), pin_memory=True))
-        self._pinned.rotate()
-        there = self._pinned[0][:len(numbers)]
-        there.copy_(numbers, non_blocking=True)
-        record.numbers = there
+        # torch keeps pinned memory for the next time, once it has arrived.
+        record.numbers = torch.empty(len(numbers), pin_memory=True)
+        record.numbers.copy_(numbers, non_blocking=True)
         record.arrived = torch.cuda.Event()
         record.arrived.record()
         return record
