@@ -582,6 +582,26 @@ def test_fuzz_resolution_contrast(seed, kind, number, classes, channels,
         assert loss == 0
 
 
+@fuzz(30)
+@given(SEEDS, SMALL, DIMS, DTYPES)
+def test_fuzz_unit_vectors(seed, number, channels, dtype):
+    draw = Draw(seed)
+    rows = draw.normal(number, channels, dtype=dtype).requires_grad_()
+    rows.data[draw.chance(number)] = 0
+    there = rows.detach().norm(dim=1) > 0
+    unit = ops.unit(rows)
+    wide = torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(
+        unit.norm(dim=1), there.to(wide), rtol=1e-5, atol=1e-5)
+    assert torch.equal(
+        unit, torch.nn.functional.normalize(rows.to(wide), dim=1))
+    slopes = draw.normal(number, channels)
+    grad, = gradients((unit * slopes).sum(), rows)
+    assert finite(grad)
+    # zeros have no direction: the gradient passes as it is
+    assert torch.equal(grad[~there], slopes[~there].to(dtype))
+
+
 @fuzz(50)
 @given(SEEDS, LABELS, BATCH, CLASSES, SIDES, DTYPES,
        st.sampled_from([1., 1e4]))
