@@ -20,7 +20,9 @@ default_hooks = dict(
     memory=dict(type='MemoryAdviceHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
-custom_hooks = [dict(type='PositionHook'), dict(type='NormSyncHook')]
+custom_hooks = [
+    dict(type='PositionHook'), dict(type='NaNGuardHook'),
+    dict(type='NormSyncHook')]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(
     type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')

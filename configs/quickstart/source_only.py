@@ -21,6 +21,6 @@ tta_pipeline = _base_.pair.tta_pipeline
 val_evaluator = test_evaluator = dict(type='FieldIoUMetric')
 train_cfg = dict(val_interval=200)
 custom_hooks = [
-    dict(type='PositionHook'),
+    *_base_.custom_hooks,
     dict(type='UDAVisualizationHook', interval=200, mixed='strong'),
 ]

@@ -261,6 +261,14 @@ class StudentOutput:
         return head.logits(self._head(name)[0])
 
     @property
+    def logits_if_seen(self) -> Tensor | None:
+        """The logits if the last decode head has run, else None."""
+        name, head = list(self._adapter.decode.items())[-1]
+        if name not in self._outputs:
+            return None
+        return head.logits(self._outputs[name][0])
+
+    @property
     def decoder_features(self) -> Tensor | None:
         """What the last decode head classifies, ``(N, D, h, w)``.
 

@@ -25,7 +25,9 @@ class Bank(nn.Module):
     Its state is in persistent buffers, so a run resumes with it, and is the
     same on all ranks: updates are merged across them, so that each rank must
     call :meth:`update`, also without a labelled vector. A class that is not
-    in an update is not touched. Nothing waits for the device.
+    in an update is not touched, nor one whose state an update would make
+    infinite or NaN: a single such vector would stay in a mean for ever.
+    Nothing waits for the device.
 
     ``age``, int64 ``(C,)``, is the number of updates since a class was last
     in one: 0 right after, -1 for a class that has not been seen. It is the
@@ -290,6 +292,24 @@ class Bank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if without_age:
             self.age.copy_(self.centres()[1].long() - 1)
+
+
+def acceptable(added: Tensor, *states: Tensor) -> Tensor:
+    """Which classes an update may touch: no NaN gets into a bank.
+
+    Args:
+        added (Tensor): Vectors of each in the batch, int64, of any shape.
+        states (Tensor): What they would be, of this shape and one dimension
+            more.
+
+    Returns:
+        Tensor: bool, of the shape of ``added``: those in the batch that
+        would stay finite.
+    """
+    result = added > 0
+    for state in states:
+        result = result & state.isfinite().all(-1)
+    return result
 
 
 def new_share(clock: str, new_weight: float | None, count: Tensor,

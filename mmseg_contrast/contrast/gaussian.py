@@ -16,7 +16,7 @@ from ..ops import (
     prototype_energies,
     variance_energies,
 )
-from .bank import Bank, new_share
+from .bank import Bank, acceptable, new_share
 from .prototypes import check_clock
 
 
@@ -96,10 +96,15 @@ class GaussianBank(Bank):
         change = moments[1].to(dtype) - self.mean
         spread = class_variance(moments).to(dtype) - self.variance
         # The moments of a mixture; by numbers it is merge_moments.
-        self.variance += share * spread + share * (1 - share) * change**2
-        self.mean += share * change
-        self.count += moments[0]
-        self.grow_older(moments[0] > 0)
+        variance = self.variance + (
+            share * spread + share * (1 - share) * change**2)
+        mean = self.mean + share * change
+        taken = acceptable(moments[0], mean, variance)
+        rows = taken.unsqueeze(1)
+        self.variance.copy_(variance.where(rows, self.variance))
+        self.mean.copy_(mean.where(rows, self.mean))
+        self.count += moments[0] * taken
+        self.grow_older(taken)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Means ``(C, D)`` and their classes, -1 for one not yet seen."""

@@ -16,8 +16,9 @@ from ..ops import (
     own_class,
     prototype_energies,
     temperature_scale,
+    unit,
 )
-from .bank import Bank, new_share
+from .bank import Bank, acceptable, new_share
 from .negatives import HardNegativeMixing
 
 
@@ -136,9 +137,11 @@ class PrototypeBank(Bank):
         share = new_share(self.clock, self.new_weight, self.count, added,
                           self.mean.dtype).unsqueeze(2)
         change = moments[1].to(self.mean.dtype).view_as(self.mean) - self.mean
-        self.mean += share * change
-        self.count += added
-        self.grow_older((added > 0).any(1))
+        mean = self.mean + share * change
+        taken = acceptable(added, mean)
+        self.mean.copy_(mean.where(taken.unsqueeze(2), self.mean))
+        self.count += added * taken
+        self.grow_older(taken.any(1))
 
     @torch.no_grad()
     def assigned(self, embeddings: Tensor, labels: Tensor,
@@ -318,8 +321,7 @@ class PrototypeTokens(Bank):
 
     def vectors(self) -> Tensor:
         """What anchors are compared with, ``(C, K, D)``, with gradients."""
-        return F.normalize(self.tokens, dim=2) if (
-            self.normalize) else self.tokens
+        return unit(self.tokens, 2) if self.normalize else self.tokens
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Tokens ``(C K, D)`` and their classes."""

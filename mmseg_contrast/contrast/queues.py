@@ -11,6 +11,7 @@ from ..ops import (
     class_moments,
     gather_moments,
     gather_new,
+    only_finite,
     push,
     top_scored,
 )
@@ -20,7 +21,8 @@ from .keys import KeyBank
 class ClassQueue(KeyBank):
     """A ring buffer of keys for each class.
 
-    A place that has not been written is no key, neither zero nor random.
+    A place that has not been written is no key, neither zero nor random. A
+    vector that is not finite, as it is stored, is left out.
 
     Args:
         num_classes (int): Number of classes C.
@@ -72,6 +74,8 @@ class ClassQueue(KeyBank):
         self._push(*gather_new(new.to(self.keys.dtype), exists))
 
     def _push(self, new: Tensor, exists: Tensor) -> None:
+        new = new.to(self.keys.dtype)
+        exists = only_finite(new, exists)
         push(self.keys, self.pointer, self.filled, new, exists)
         self.grow_older(exists.any(1))
 

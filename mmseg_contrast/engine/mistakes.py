@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .finite import NonFiniteError
 from .loader import worker_died
 
 DEBUG = 'MMSEG_CONTRAST_DEBUG'
@@ -31,10 +32,10 @@ def sentence(error: BaseException) -> str:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Show what the user can mend as a sentence, and exit with 1.
+    """Show an expected error as its sentence, and exit with 1.
 
-    That is a ValueError, an error of the disk or a file, and a loader's
-    worker that died.
+    That is a ValueError, an error of the disk or a file, a loader's worker
+    that died, or what NaNGuardHook found.
 
     The environment variable ``MMSEG_CONTRAST_DEBUG=1`` shows the traceback.
 
@@ -44,8 +45,9 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get(DEBUG) or (
-                isinstance(error, RuntimeError) and not worker_died(error)):
+        expected = (not isinstance(error, RuntimeError)
+                    or isinstance(error, NonFiniteError) or worker_died(error))
+        if os.environ.get(DEBUG) or not expected:
             raise
         print(f'error: {sentence(error)}\n({DEBUG}=1 shows where.)',
               file=sys.stderr)

@@ -20,6 +20,7 @@ from ..ops import (
     contrast_regularizer,
     generator_at,
     labels_at,
+    unit,
 )
 from .clock import Clock
 
@@ -238,7 +239,7 @@ class ContrastHead(BaseModule):
                 for one in others)], 1) if others else first
         embeddings = self.projection(
             chosen.detach() if self.detach else chosen)
-        return _unit(embeddings) if self.normalize == 'all' else embeddings
+        return unit(embeddings) if self.normalize == 'all' else embeddings
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """See :meth:`project`."""
@@ -307,7 +308,7 @@ class ContrastHead(BaseModule):
         if not self.sampler.takes_all:
             vectors = vectors.index_select(0, chosen.index)
         if self.normalize == 'anchors':
-            vectors = _unit(vectors)
+            vectors = unit(vectors)
         more: dict[str, Any] = {}
         if anchors.weights is not None:
             more['anchor_weights'] = anchors.weights.flatten()[chosen.index]
@@ -338,7 +339,7 @@ class ContrastHead(BaseModule):
         vectors, labels = _rows(keys.embeddings), keys.labels.flatten()
         every = torch.arange(len(labels), device=labels.device)
         found = dict(
-            keys=_unit(vectors) if self.normalize == 'anchors' else vectors,
+            keys=unit(vectors) if self.normalize == 'anchors' else vectors,
             key_labels=labels)
         for name, value in _places(keys.labels, every, tile).items():
             found[f'key_{name}'] = value
@@ -421,13 +422,6 @@ class ContrastHead(BaseModule):
 
 def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, Sequence) else (value, )
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Scaled to length 1 along the second dimension."""
-    # Squares of half precision would underflow.
-    wide = torch.promote_types(vectors.dtype, torch.float32)
-    return F.normalize(vectors.to(wide), dim=1)
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ from .pseudo_label import (
     rectified,
     without_classes,
 )
-from .queue import gather_new, push, top_scored
+from .queue import gather_new, only_finite, push, top_scored
 from .random import forked_rng, generator_at, position_seed
 from .resample import bilinear_at, centres
 from .resolution_contrast import resolution_contrast
@@ -101,6 +101,7 @@ from .sampling import (
 )
 from .sliding import slide_windows
 from .transport import class_sinkhorn
+from .unit import unit
 from .unsure_box import unsure_box
 
 __all__ = [
@@ -119,17 +120,17 @@ __all__ = [
     'image_class_means', 'joint_weights', 'known_labels', 'labels_at',
     'logit_probabilities', 'masked_feature_distance', 'merge_moments',
     'merge_windows', 'mix', 'mixed_energies', 'moved_prototypes', 'normalized',
-    'over_thresholds', 'own_class', 'own_probability', 'pair_contrast_loss',
-    'pixel_entropy', 'place_weights', 'places_in_box', 'pool_moments',
-    'position_seed', 'present_classes', 'prototype_consistency',
-    'prototype_distances', 'prototype_energies', 'prototype_scores', 'push',
-    'push_members', 'put_on_canvas', 'queue_negatives', 'rank_in_groups',
-    'reco_loss', 'rectified', 'reference_blur_radius', 'resolution_contrast',
-    'same_label', 'same_label_across_images', 'same_pair',
-    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
-    'slide_boxes', 'slide_windows', 'split_weights', 'symmetric_cross_entropy',
-    'teacher_topk', 'temperature_scale', 'top_scored', 'top_scored_members',
-    'u2pl_loss', 'uniform_divergence', 'unreliable_class_members',
-    'unsure_box', 'variance_energies', 'within', 'within_box',
-    'without_classes',
+    'only_finite', 'over_thresholds', 'own_class', 'own_probability',
+    'pair_contrast_loss', 'pixel_entropy', 'place_weights', 'places_in_box',
+    'pool_moments', 'position_seed', 'present_classes',
+    'prototype_consistency', 'prototype_distances', 'prototype_energies',
+    'prototype_scores', 'push', 'push_members', 'put_on_canvas',
+    'queue_negatives', 'rank_in_groups', 'reco_loss', 'rectified',
+    'reference_blur_radius', 'resolution_contrast', 'same_label',
+    'same_label_across_images', 'same_pair', 'sampled_contrast_loss',
+    'scale_box', 'similar_class_negatives', 'slide_boxes', 'slide_windows',
+    'split_weights', 'symmetric_cross_entropy', 'teacher_topk',
+    'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
+    'uniform_divergence', 'unit', 'unreliable_class_members', 'unsure_box',
+    'variance_energies', 'within', 'within_box', 'without_classes'
 ]

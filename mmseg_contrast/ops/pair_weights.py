@@ -51,8 +51,9 @@ def complement_weights(weights: Tensor, key_weights: Tensor
     Returns:
         tuple: ``(N, R + 1)`` and ``(M, R + 1)``.
     """
-    a = weights.view(len(weights), -1)
-    b = key_weights.view(len(key_weights), -1)
+    # Not view(len, -1), which is ambiguous without a row.
+    a, b = (one.unsqueeze(1) if one.dim() == 1 else one
+            for one in (weights, key_weights))
     return (torch.cat([torch.ones_like(a[:, :1]), -a], 1),
             torch.cat([torch.ones_like(b[:, :1]), b], 1))
 

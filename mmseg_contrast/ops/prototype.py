@@ -28,7 +28,7 @@ def image_class_means(features: Tensor,
 
     Returns:
         tuple: Means ``(C, N, D)``, at least float32, 0 where there is none,
-        and bool ``(C, N)``: which exist.
+        and bool ``(C, N)``: which exist. One that is not finite does not.
     """
     samples, channels = features.shape[:2]
     features = features.to(
@@ -40,8 +40,10 @@ def image_class_means(features: Tensor,
     count = ids.new_zeros(rows).index_add_(0, ids, torch.ones_like(ids))
     total = features.new_zeros(rows, channels).index_add(
         0, ids, features.flatten(2).transpose(1, 2).flatten(0, 1))
-    exists = count >= max(min_pixels, 1)
-    means = total / count.clamp_min(1).unsqueeze(1) * exists.unsqueeze(1)
+    means = total / count.clamp_min(1).unsqueeze(1)
+    exists = (count >= max(min_pixels, 1)) & means.isfinite().all(1)
+    # Not times exists: NaN times 0 is NaN.
+    means = means.where(exists.unsqueeze(1), means.new_zeros(()))
     kept = num_classes * samples
     return (means[:kept].view(num_classes, samples, channels),
             exists[:kept].view(num_classes, samples))

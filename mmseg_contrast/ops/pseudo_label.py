@@ -97,7 +97,8 @@ def confidence_histogram(confidence: Tensor,
     with 1. No host sync.
 
     Args:
-        confidence (Tensor): In [0, 1], of any shape.
+        confidence (Tensor): In [0, 1], of any shape; what is not finite is
+            not counted.
         labels (Tensor): Class ids, int64, of the same shape.
         num_classes (int): Number of classes C.
         bins (int): Number of bins; with a power of two the edges are exact.
@@ -107,9 +108,12 @@ def confidence_histogram(confidence: Tensor,
         Tensor: int64, ``(C, bins)``.
     """
     ids = ignored_last(labels, num_classes)
+    counts_here = confidence.isfinite()
     if valid is not None:
-        ids = ids.where(valid, ids.new_full((), num_classes))
-    place = (confidence * bins).long().clamp(0, bins - 1)
+        counts_here = counts_here & valid
+    ids = ids.where(counts_here, ids.new_full((), num_classes))
+    # A NaN as a whole number is anything.
+    place = (confidence.nan_to_num() * bins).long().clamp(0, bins - 1)
     counts = ids.new_zeros((num_classes + 1) * bins)
     index = (ids * bins + place).flatten()
     counts.scatter_add_(0, index, torch.ones_like(index))
@@ -152,17 +156,24 @@ def over_thresholds(probs: Tensor, thresholds: Tensor, ratio: bool
             ``probability / threshold`` (CBST), or else the most likely one.
 
     Returns:
-        tuple: labels int64, confidence and bool, each ``(N, H, W)``.
+        tuple: labels int64, confidence and bool, each ``(N, H, W)``; what is
+        not finite reaches no threshold.
     """
     if not ratio:
         confidence, labels = hard_labels(probs)
-        return labels, confidence, confidence >= thresholds[labels]
+        return labels, confidence, _reaches(confidence, labels, thresholds)
     smallest = torch.finfo(probs.dtype).tiny
     scores = probs / thresholds.to(probs.dtype).clamp_min(
         smallest).view(1, -1, 1, 1)
     labels = scores.argmax(1)
     confidence = probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return labels, confidence, confidence >= thresholds[labels]
+    return labels, confidence, _reaches(confidence, labels, thresholds)
+
+
+def _reaches(confidence: Tensor, labels: Tensor, thresholds: Tensor
+             ) -> Tensor:
+    """Which confidences reach the threshold of their class."""
+    return (confidence >= thresholds[labels]) & confidence.isfinite()
 
 
 def rectified(probs: Tensor, weights: Tensor) -> Tensor:

@@ -42,6 +42,19 @@ def top_scored(labels: Tensor, scores: Tensor, num_classes: int, number: int,
             F.pad(exists, missing))
 
 
+def only_finite(new: Tensor, exists: Tensor) -> Tensor:
+    """Leave out vectors that are NaN or infinite: a queue keeps them long.
+
+    Args:
+        new (Tensor): ``(C, K, D)``, in the dtype of the queue.
+        exists (Tensor): bool, ``(C, K)``: which of them are vectors.
+
+    Returns:
+        Tensor: bool, ``(C, K)``, for :func:`push`.
+    """
+    return exists & new.isfinite().all(2)
+
+
 @torch.no_grad()
 def push(keys: Tensor, pointer: Tensor, filled: Tensor, new: Tensor,
          exists: Tensor) -> None:

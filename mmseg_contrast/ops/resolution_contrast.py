@@ -19,14 +19,13 @@ within the context does not get, the contrast with the detail gets.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .contrast_keys import pair_contrast_loss
 from .labels import IGNORE
 from .pair_relation import same_label
 from .pair_weights import split_weights
+from .unit import unit
 
 
 def resolution_contrast(context: Tensor,
@@ -74,14 +73,8 @@ def resolution_contrast(context: Tensor,
             anchor_weights=of_anchors, key_weights=of_keys,
             chunk_size=chunk_size)
 
-    anchors = _unit(context)
+    anchors = unit(context)
     if detail is None or attention is None:
         return loss(anchors, weights, weights)
     near, across = split_weights(attention, weights)
-    return .5 * (loss(anchors, *near) + loss(_unit(detail), *across))
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    # Squares of half precision would underflow.
-    wide = torch.promote_types(vectors.dtype, torch.float32)
-    return F.normalize(vectors.to(wide), dim=1)
+    return .5 * (loss(anchors, *near) + loss(unit(detail), *across))

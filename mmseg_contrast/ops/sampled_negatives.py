@@ -28,6 +28,7 @@ from torch import Tensor
 from .class_moments import class_moments
 from .contrast import contrast_terms, finite_logsumexp
 from .labels import IGNORE, ignored_last, known_labels
+from .unit import unit
 
 #: Numbers gathered at a time, 16 MiB in float32. Eight times slower on a CPU
 #: from 32 MiB on, which are mapped anew each time.
@@ -83,13 +84,13 @@ def sampled_contrast_loss(queries: Tensor,
     known = known_labels(labels, classes, ignore_index)
     ids = ignored_last(labels, classes, ignore_index)
     with torch.autocast(queries.device.type, enabled=False):
-        unit = F.normalize(queries.to(dtype), dim=1)
-        centres, others = (F.normalize(one.detach().to(dtype), dim=1)
-                           for one in (means, keys))
+        vectors, centres, others = (
+            unit(one.to(dtype)) for one in (
+                queries, means.detach(), keys.detach()))
         mine = ids.where(known, ids.new_zeros(()))
-        own = (unit * centres[mine]).sum(1, keepdim=True) / tau
+        own = (vectors * centres[mine]).sum(1, keepdim=True) / tau
         products = _GatheredProducts.apply(
-            unit, others, negatives, chunk_size) / tau
+            vectors, others, negatives, chunk_size) / tau
         energies = torch.stack([own.squeeze(1), finite_logsumexp(
             products.masked_fill(~exists, -float('inf')), 1)], 1)
         # Class 0 is the positive.

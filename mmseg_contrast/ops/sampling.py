@@ -14,7 +14,7 @@ from mmengine.dist import all_gather, get_world_size
 from torch import Tensor
 
 from .labels import IGNORE, known_labels
-from .queue import gather_new, push
+from .queue import gather_new, only_finite, push
 
 
 def rank_in_groups(groups: Tensor, scores: Tensor, num_groups: int
@@ -291,4 +291,4 @@ def push_members(keys: Tensor, pointer: Tensor, filled: Tensor,
     if not len(embeddings):
         embeddings = embeddings.new_zeros(1, keys.shape[2])
     new, exists = gather_new(embeddings[index].to(keys.dtype), exists)
-    push(keys, pointer, filled, new, exists)
+    push(keys, pointer, filled, new, only_finite(new, exists))

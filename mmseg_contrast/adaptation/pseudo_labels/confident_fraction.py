@@ -10,7 +10,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from ...ops import confident_fraction, hard_labels, without_classes
-from .labels import PseudoLabels
+from .labels import PseudoLabels, without_nan
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -22,7 +22,8 @@ class ConfidentFraction(nn.Module):
 
     DACS (Tranheden et al., 2021): the weight q is the share of pixels whose
     highest probability reaches the threshold, counted over all pixels,
-    margins included; pixels outside the view's valid region weigh 0.
+    margins included; pixels outside the view's valid region weigh 0, and so
+    do those where the teacher predicts NaN.
 
     Args:
         num_classes (int): Classes of the student.
@@ -86,6 +87,7 @@ class ConfidentFraction(nn.Module):
         valid = view.valid
         if valid is None:
             valid = torch.ones_like(labels, dtype=torch.bool)
+        confidence, labels, valid = without_nan(confidence, labels, valid)
         scale = share.view(-1, 1, 1)
         weights = scale * valid
         step.log(f'{name}.confident_ratio', share.mean())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import logit_probabilities
+from ...ops.labels import IGNORE
 from ..view import View
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ class PseudoLabels:
 
     Args:
         view (str): Name of the view.
-        labels (Tensor): int64, ``(N, H, W)``; 255 where there is none.
-        confidence (Tensor): Probability of the label, float32, ``(N, H, W)``.
+        labels (Tensor): int64, ``(N, H, W)``; 255 where there is none, as
+            where a prediction is NaN.
+        confidence (Tensor): Probability of the label, float32, ``(N, H, W)``;
+            finite.
         weights (Tensor): Loss weight, float32, ``(N, H, W)``.
         parts (tuple): The same weights as ``(scale, mask)`` pairs.
         probs (Tensor, optional): Soft labels, float, ``(N, C, H, W)``.
@@ -114,6 +117,24 @@ def align_corners_of(student: nn.Module | None) -> bool:
     return bool(getattr(student, 'align_corners', False))
 
 
+def without_nan(confidence: Tensor, labels: Tensor, counts: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a prediction is no number there is no label.
+
+    Args:
+        confidence (Tensor): ``(N, H, W)``.
+        labels (Tensor): int64, ``(N, H, W)``.
+        counts (Tensor): bool, ``(N, H, W)``: which pixels may count.
+
+    Returns:
+        tuple: The same, there 0, 255 and False. No host sync.
+    """
+    known = confidence.isfinite()
+    return (confidence.where(known, confidence.new_zeros(())),
+            labels.where(known, labels.new_full((), IGNORE)),
+            counts & known)
+
+
 def counted_where(step: Step, name: str, view: View, labels: Tensor,
                   confidence: Tensor, counts: Tensor,
                   probs: Tensor | None = None) -> PseudoLabels:
@@ -127,8 +148,12 @@ def counted_where(step: Step, name: str, view: View, labels: Tensor,
         labels (Tensor): int64, ``(N, H, W)``.
         confidence (Tensor): ``(N, H, W)``.
         counts (Tensor): bool, ``(N, H, W)``.
-        probs (Tensor, optional): ``(N, C, H, W)``.
+        probs (Tensor, optional): ``(N, C, H, W)``; what is no number
+            becomes 0.
     """
+    confidence, labels, counts = without_nan(confidence, labels, counts)
+    if probs is not None:
+        probs = probs.nan_to_num(0., 0., 0.)
     if view.valid is not None:
         counts = counts & view.valid
     weights = counts.float()

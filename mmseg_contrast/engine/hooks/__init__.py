@@ -3,6 +3,7 @@
 from .contrast_health import ContrastHealthHook
 from .feature_space import FeatureSpaceHook
 from .memory_advice import MemoryAdviceHook
+from .nan_guard import NaNGuardHook
 from .norm_sync import NormSyncHook
 from .position import PositionHook
 from .prototype_init import PrototypeInitHook
@@ -14,7 +15,7 @@ from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
     'ContrastHealthHook', 'DeferredRuntimeInfoHook', 'FeatureSpaceHook',
-    'MemoryAdviceHook', 'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
-    'PseudoLabelHealthHook', 'SafeCheckpointHook', 'StopSignalHook',
-    'UDAVisualizationHook'
+    'MemoryAdviceHook', 'NaNGuardHook', 'NormSyncHook', 'PositionHook',
+    'PrototypeInitHook', 'PseudoLabelHealthHook', 'SafeCheckpointHook',
+    'StopSignalHook', 'UDAVisualizationHook'
 ]

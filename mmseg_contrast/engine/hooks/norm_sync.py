@@ -36,6 +36,19 @@ def average_norm_statistics(model: nn.Module) -> None:
         buffer.copy_(piece.view_as(buffer))
 
 
+def checkpoint_follows(runner: Runner) -> bool:
+    """Whether this iteration ends with a checkpoint, or the training does.
+
+    Args:
+        runner (Runner): The runner, in ``after_train_iter``.
+    """
+    number = runner.iter + 1
+    return number == runner.max_iters or any(
+        isinstance(hook, CheckpointHook) and not hook.by_epoch
+        and hook.interval > 0 and number % hook.interval == 0
+        for hook in runner.hooks)
+
+
 @HOOKS.register_module()
 class NormSyncHook(Hook):
     """Averages batch-norm statistics over ranks where they are used.
@@ -65,13 +78,7 @@ class NormSyncHook(Hook):
                          data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
         """Before the checkpoint hook's turn, if it is going to save."""
-        hooks = [hook for hook in runner.hooks
-                 if isinstance(hook, CheckpointHook)]
-        last = runner.iter + 1 == runner.max_iters
-        if last or any(
-                not hook.by_epoch and hook.interval > 0
-                and self.every_n_train_iters(runner, hook.interval)
-                for hook in hooks):
+        if checkpoint_follows(runner):
             self.average(runner)
 
     def before_val(self, runner: Runner) -> None:
