@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 from mmengine.hooks import CheckpointHook
+from tiny_run import in_a_process
 
 from mmseg_contrast.engine.hooks import NormSyncHook, StopSignalHook
 from mmseg_contrast.engine.hooks import stop_signal as module
@@ -76,6 +78,17 @@ def test_signal_saves_and_exits_once(make):
     assert runner.closed
     assert runner.said[-1] == (
         'SIGTERM: --resume goes on from folder/iter_2.pth; exit code 143.')
+
+
+def test_processes_forked_meanwhile_end_at_once(make):
+    hook, _ = make()
+
+    def target():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    assert in_a_process(target) == -signal.SIGTERM
+    assert hook._received == 0
 
 
 def test_signal_after_a_checkpoint_saves_no_other(make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class StopSignalHook(Hook):
                              f'{interval}.')
         self.signals = [signal.Signals[name] for name in signals]
         self.interval = interval
-        self._received = 0
+        self._received, self._process = 0, 0
         self._before: dict[signal.Signals, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -77,7 +78,7 @@ class StopSignalHook(Hook):
         Args:
             runner (Runner): The runner.
         """
-        self._received = 0
+        self._received, self._process = 0, os.getpid()
         # Python allows it in no other thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._receive)
@@ -128,7 +129,12 @@ class StopSignalHook(Hook):
         self._save(runner, runner.iter)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        if os.getpid() == self._process:
+            self._received = number
+            return
+        # A process forked since has nothing to save, and must not outlive.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def _stop(self, runner: Runner, number: int, step: int) -> None:
         name = signal.Signals(number).name
