@@ -31,7 +31,7 @@ def test_each_forward_is_computed_once(monkeypatch):
     model = build()
     counts = dict(student=0, teacher=0)
     real = model.segmentor.backbone.forward
-    taught = model.teachers['ema'].model.encode_decode
+    taught = model.teachers['ema'].model.extract_feat
 
     def student(*args):
         counts['student'] += 1
@@ -42,7 +42,7 @@ def test_each_forward_is_computed_once(monkeypatch):
         return taught(*args)
 
     monkeypatch.setattr(model.segmentor.backbone, 'forward', student)
-    monkeypatch.setattr(model.teachers['ema'].model, 'encode_decode', teacher)
+    monkeypatch.setattr(model.teachers['ema'].model, 'extract_feat', teacher)
     run(model, batch())
     assert counts == dict(student=2, teacher=1)
     # A second objective on the same views costs no further pass.
@@ -206,7 +206,7 @@ def test_stochastic_layers_are_off_in_the_teacher():
     student = tiny_student(dropout=0.5)
     model = build(student)
     model.teachers['ema'].model.backbone.path = DropPath(0.5)
-    model.teachers['ema']._mode = None
+    model.teachers['ema']._mode = model._mode = None
     model.train()
     teacher = model.teachers['ema'].model
     for part in teacher.modules():
