@@ -15,16 +15,21 @@ try:
         class_statistics,
         contrast,
         contrast_step,
+        cut,
         kernel,
         memory,
+        pieces,
+        step,
         timing,
+        training,
     )
 finally:
     sys.path[:] = _before
 
 __all__ = [
     'arguments', 'benchmark', 'call', 'class_statistics', 'columns',
-    'contrast', 'contrast_step', 'kernel', 'memory', 'timing'
+    'contrast', 'contrast_step', 'cut', 'kernel', 'memory', 'pieces', 'step',
+    'timing', 'training'
 ]
 
 

@@ -176,15 +176,16 @@ class Pieces:
 
     def _teacher(self, name: str, view: str) -> Callable[[], None]:
         key = name, view
-        decodes = key in self.seen and bool(self.seen[key]._outputs)
+        predicts = key in self.kept.predictions
 
         def forward() -> None:
             step = self.again(passes={}, predictions={})
             if key in self.seen:
                 output = step.teacher_pass(name, view)
-                if decodes:
+                # Decoding once is enough.
+                if self.seen[key]._outputs and not predicts:
                     output.logits  # noqa: B018  computed when asked for
-            if key in self.kept.predictions:
+            if predicts:
                 step.teacher(name, view)
 
         return forward

@@ -147,13 +147,15 @@ def rescale(config: Config, sizes: dict[str, Size], crop: Size
 
 def without_files(value: Any) -> Any:
     """A config without the files that weights come from."""
+    def named(one: Any) -> bool:
+        return isinstance(one, Mapping) and one.get('type') == 'Pretrained'
+
     if isinstance(value, Mapping):
-        if value.get('type') == 'Pretrained':
-            return None
-        return {key: None if key == 'pretrained' else without_files(one)
-                for key, one in value.items()}
+        return {key: without_files(one) for key, one in value.items()
+                if key != 'pretrained' and not named(one)}
     if isinstance(value, (list, tuple)):
-        return type(value)(without_files(one) for one in value)
+        return type(value)(
+            without_files(one) for one in value if not named(one))
     return value
 
 
@@ -188,7 +190,8 @@ def _sample(name: str, stream: Mapping[str, Any], size: Size, classes: int,
         flip_direction=None, reduce_zero_label=False, seg_fields=[])
 
     def labels() -> np.ndarray:
-        return blocks(classes, size, draw).to(torch.uint8).numpy()
+        side = max(1, min(size) // 16)
+        return blocks(classes, size, draw, side).to(torch.uint8).numpy()
 
     if stream.get('labelled', True):
         results.update(gt_seg_map=labels(), seg_fields=['gt_seg_map'])
