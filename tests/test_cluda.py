@@ -506,7 +506,13 @@ def test_dropout_of_a_head_is_a_function_of_position():
 
 
 def test_weights_of_a_head_are_drawn_apart():
-    models = [by_a_head(), model_with(objective=False)]
+    models, after = [], []
+    for options in (dict(size=4, weighter=dict(SMALL)), dict(size=4), False):
+        models.append(model_with(objective=options))
+        after.append(torch.rand(3))
+    # Whatever is built next draws the same.
+    assert torch.equal(after[0], after[2]) and torch.equal(*after[1:])
+    del models[1]
     for model in models:
         torch.manual_seed(5)
         model.init_weights()

@@ -1,7 +1,10 @@
 """Sliding windows in batches give what mmseg's single ones give."""
 
 import copy
+import importlib.util
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -495,3 +498,23 @@ def test_settings_that_are_none_of_ours():
         assert windows_per_pass(cfg) is None
     assert windows_per_pass(dict(mode='whole', batched=3)) == 3
     assert windows_per_pass(slide_cfg([16, 16], [16, 8], batched=3)) == 3
+
+
+def test_labels_are_generated_from_batches_of_windows(monkeypatch):
+    """tools/generate_pseudo_labels.py, with a plain segmentor."""
+    path = Path(__file__).parent.parent / 'tools/generate_pseudo_labels.py'
+    spec = importlib.util.spec_from_file_location('generate', path)
+    generate = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'generate', generate)
+    spec.loader.exec_module(generate)
+    model, found = plain(slide_cfg()), []
+    seen = Passes(model)
+    for batched in (None, 5):
+        model.test_cfg.batched = batched
+        with torch.no_grad():
+            found.append(generate.probabilities(model, dict(
+                inputs=[images(1, (32, 32))[0] * 50],
+                data_samples=[sample(size=(32, 32))])))
+    assert seen.counts == [1] * 9 + [5, 4]
+    assert (found[0] - found[1]).abs().max() < 1e-5
+    assert found[0].std() > .01

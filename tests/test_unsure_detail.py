@@ -295,6 +295,19 @@ def test_losses_that_need_masks():
     total(losses).backward()
 
 
+def test_half_precision_is_close():
+    found = []
+    for enabled in (False, True):
+        model = uda(cluda=dict(type='ResolutionContrast', size=4))
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            losses = run(model, batch(SIZE))
+        total(losses).backward()
+        found.append([losses[key].item() for key in (
+            'mixed.decode.loss_ce', 'mixed.decode.hr.loss_ce',
+            'cluda.loss_mixed_strong')])
+    assert found[0] == pytest.approx(found[1], rel=3e-2)
+
+
 def test_it_begins_at_its_start():
     model = uda(start=1)
     run(model, batch(SIZE))
