@@ -1,5 +1,6 @@
 """Hooks."""
 
+from .compile import CompileHook
 from .contrast_health import ContrastHealthHook
 from .feature_space import FeatureSpaceHook
 from .norm_sync import NormSyncHook
@@ -10,7 +11,7 @@ from .runtime_info import DeferredRuntimeInfoHook
 from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
-    'ContrastHealthHook', 'DeferredRuntimeInfoHook', 'FeatureSpaceHook',
-    'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
+    'CompileHook', 'ContrastHealthHook', 'DeferredRuntimeInfoHook',
+    'FeatureSpaceHook', 'NormSyncHook', 'PositionHook', 'PrototypeInitHook',
     'PseudoLabelHealthHook', 'UDAVisualizationHook'
 ]
