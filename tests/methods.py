@@ -47,9 +47,10 @@ def tiny_config(name, dropout=True, **backbone):
         if 'in_channels' in part:
             part['in_channels'] = narrow(part['in_channels'])
         if kind == 'ReferenceMixVisionTransformer':
-            part.update(embed_dims=4, num_layers=(1, 1, 1, 1), **backbone)
+            part.update(embed_dims=4, num_layers=(1, 1, 1, 1))
             if not dropout:
                 part['drop_path_rate'] = 0.
+            part.update(backbone)
         elif kind == 'ResNetV1c':
             part.update(depth=18, base_channels=8, stem_channels=8)
         elif kind == 'SegDataPreProcessor':
@@ -83,9 +84,10 @@ def tiny_config(name, dropout=True, **backbone):
     return cfg
 
 
-def tiny_model(name, dropout=True, seed=0, **backbone):
+def tiny_model(name, dropout=True, seed=0, model=None, **backbone):
     """The config and its model, in training mode."""
     cfg = tiny_config(name, dropout, **backbone)
+    cfg.model.update(model or {})
     torch.manual_seed(seed)
     model = MODELS.build(cfg.model)
     for objective in model.objectives.values():

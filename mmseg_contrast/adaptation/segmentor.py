@@ -63,6 +63,8 @@ class UDASegmentor(BaseSegmentor):
             runs: the same gradients with less memory. On several GPUs it
             needs ``model_wrapper_cfg =
             dict(type='UDADistributedDataParallel')``.
+        channels_last (bool): Keep convolutions of student and teachers in
+            this layout, which tensor cores want in half precision.
         data_preprocessor (dict, optional): As Runner injects it; must equal
             the student's.
         backbone, neck, decode_head, auxiliary_head, pretrained, train_cfg,
@@ -84,6 +86,7 @@ class UDASegmentor(BaseSegmentor):
                  state: dict[str, dict] | None = None,
                  predict_with: str = 'student',
                  backward: str = 'sum',
+                 channels_last: bool = False,
                  data_preprocessor: dict | None = None,
                  backbone: dict | None = None,
                  neck: dict | None = None,
@@ -141,6 +144,9 @@ class UDASegmentor(BaseSegmentor):
         self.keep_step = False
         self.last_step: Step | None = None
         transparent_state_dict(self)
+        if channels_last:
+            # Here, so that optimizer and wrapper see no other layout.
+            self.to(memory_format=torch.channels_last)
 
     # What stock tools ask of any segmentor is the student's.
 

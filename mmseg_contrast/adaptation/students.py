@@ -354,7 +354,8 @@ def class_probabilities(segmentor: nn.Module, images: Tensor,
     # ones name the size before padding.
     metas = [dict(ori_shape=size, img_shape=size, pad_shape=size,
                   padding_size=(0, 0, 0, 0)) for _ in range(len(images))]
-    if type(segmentor).encode_decode is EncoderDecoder.encode_decode:
+    decode = getattr(segmentor.encode_decode, '__func__', None)
+    if decode is EncoderDecoder.encode_decode:
         if features is None:
             features = segmentor.extract_feat(images)
         scores = _decode(segmentor, features, metas)

@@ -1,5 +1,6 @@
 """Hooks."""
 
+from .compile import CompileHook
 from .contrast_health import ContrastHealthHook
 from .feature_space import FeatureSpaceHook
 from .memory_advice import MemoryAdviceHook
@@ -14,8 +15,8 @@ from .stop_signal import StopSignalHook
 from .uda_visualization import UDAVisualizationHook
 
 __all__ = [
-    'ContrastHealthHook', 'DeferredRuntimeInfoHook', 'FeatureSpaceHook',
-    'MemoryAdviceHook', 'NaNGuardHook', 'NormSyncHook', 'PositionHook',
-    'PrototypeInitHook', 'PseudoLabelHealthHook', 'SafeCheckpointHook',
-    'StopSignalHook', 'UDAVisualizationHook'
+    'CompileHook', 'ContrastHealthHook', 'DeferredRuntimeInfoHook',
+    'FeatureSpaceHook', 'MemoryAdviceHook', 'NaNGuardHook', 'NormSyncHook',
+    'PositionHook', 'PrototypeInitHook', 'PseudoLabelHealthHook',
+    'SafeCheckpointHook', 'StopSignalHook', 'UDAVisualizationHook'
 ]
