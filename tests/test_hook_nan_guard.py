@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
@@ -512,8 +513,7 @@ def test_guard_saves_no_spoilt_weights(tmp_path, monkeypatch):
     model = build()
     hook = NaNGuardHook()
     trainer = Trainer(model, hook, tmp_path)
-    trainer.hooks = [type('CheckpointHook', (), dict(
-        by_epoch=False, interval=2))()]
+    trainer.hooks = [CheckpointHook(interval=2, by_epoch=False)]
     trainer.train(batch())
     with pytest.raises(NonFiniteError):  # all ranks, before the first saves
         trainer.train(images())

@@ -70,8 +70,9 @@ class PositionedIterator:
             try:
                 with _deaths.noticed():
                     batch = next(self._iterator)
-            except RuntimeError as error:
-                if not worker_died(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # A sample may be on its way when its sender dies.
+                if isinstance(error, RuntimeError) and not worker_died(error):
                     raise
                 self._restart(error)
                 continue
@@ -85,7 +86,7 @@ class PositionedIterator:
             num_iters (int): Ignored.
         """
 
-    def _restart(self, error: RuntimeError) -> None:
+    def _restart(self, error: Exception) -> None:
         if len(self._deaths) == RESTARTS and (
                 self._batches - self._deaths[0] < BATCHES):
             raise RuntimeError(

@@ -44,10 +44,9 @@ def one_sentence() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        expected = (not isinstance(error, RuntimeError)
-                    or isinstance(error, NonFiniteError) or worker_died(error))
-        if os.environ.get(DEBUG) or not expected:
+    except (ValueError, OSError, RuntimeError, NonFiniteError) as error:
+        unexpected = isinstance(error, RuntimeError) and not worker_died(error)
+        if os.environ.get(DEBUG) or unexpected:
             raise
         print(f'error: {sentence(error)}\n({DEBUG}=1 shows where.)',
               file=sys.stderr)
