@@ -15,7 +15,8 @@ else
 ENV := .venv
 endif
 PY := "$(ENV)/bin/python"
-PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 \
+    --dist worksteal
 INSTALL := PYTHONNOUSERSITE=1 $(PY) requirements/install.py
 
 # A clone runs its own code, whatever else is installed.
