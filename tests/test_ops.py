@@ -3,6 +3,7 @@
 Those with published numbers are in test_reference_rows.py too.
 """
 
+import colorsys
 import math
 
 import numpy as np
@@ -87,14 +88,23 @@ def test_absent_classes_are_softmaxed_away():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=3, max_size=3))
-def test_hsv_and_back(rgb):
-    from mmseg_contrast.ops.color import hsv_to_rgb, rgb_to_hsv
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3),
+       st.floats(0, 2), st.floats(-1, 1))
+def test_saturation_and_hue_are_those_of_hsv(rgb, factor, turn):
+    hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
     image = torch.tensor(rgb, dtype=torch.float64).view(1, 3, 1, 1)
-    hue, saturation, value = rgb_to_hsv(image)
-    assert 0 <= hue.item() <= 1 and 0 <= saturation.item() <= 1
-    torch.testing.assert_close(
-        hsv_to_rgb(hue, saturation, value), image, rtol=0, atol=1.1e-6)
+    neutral = torch.tensor([[1., 1., 1., 0.]], dtype=torch.float64)
+    order = torch.arange(4).unsqueeze(0)
+    for changed, place, number in (
+            ((hue, min(saturation * factor, 1), value), 2, factor),
+            ((hue + turn, saturation, value), 3, turn)):
+        factors = neutral.clone()
+        factors[0, place] = number
+        want = torch.tensor(colorsys.hsv_to_rgb(*changed)).view_as(image)
+        # The published eps of 1e-6 in the saturation, once or twice.
+        torch.testing.assert_close(
+            ops.color_jitter(image, factors, order), want.to(image),
+            rtol=0, atol=1e-5)
 
 
 # Randomness

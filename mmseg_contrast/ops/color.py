@@ -36,6 +36,11 @@ def _value_and_chroma(images: Tensor) -> tuple[Tensor, Tensor]:
     return value, value - images.amin(1, keepdim=True)
 
 
+def _safe(chroma: Tensor) -> Tensor:
+    """To divide by, where grey gives 0 / 0."""
+    return chroma.clamp_min(torch.finfo(chroma.dtype).tiny)
+
+
 def _saturate(images: Tensor, factors: Tensor) -> Tensor:
     """Multiply S of HSV; the hue is not asked for.
 
@@ -45,7 +50,7 @@ def _saturate(images: Tensor, factors: Tensor) -> Tensor:
     value, chroma = _value_and_chroma(images)
     saturation = (chroma / (value + EPS) * factors).clamp(0, 1)
     return value - (value - images) * (
-        value * saturation / chroma.clamp_min(1e-12))
+        value * saturation / _safe(chroma))
 
 
 def _turn_hue(images: Tensor, factors: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def _turn_hue(images: Tensor, factors: Tensor) -> Tensor:
     # 0 and 1 lerp is exact, and several times faster than torch.where.
     first = (red == value).to(images.dtype)
     second = (green == value).to(images.dtype)
-    safe = chroma.clamp_min(1e-12)
+    safe = _safe(chroma)
     sextant = torch.lerp(
         torch.lerp(4 + (red - green) / safe,
                    2 + (blue - red) / safe, second),
