@@ -12,11 +12,13 @@ try:
     import benchmark
     from benchmarks import (
         arguments,
+        backbone,
         class_statistics,
         contrast,
         contrast_step,
         cut,
         kernel,
+        loader,
         memory,
         pieces,
         step,
@@ -27,9 +29,9 @@ finally:
     sys.path[:] = _before
 
 __all__ = [
-    'arguments', 'benchmark', 'call', 'class_statistics', 'columns',
-    'contrast', 'contrast_step', 'cut', 'kernel', 'memory', 'pieces', 'step',
-    'timing', 'training'
+    'arguments', 'backbone', 'benchmark', 'call', 'class_statistics',
+    'columns', 'contrast', 'contrast_step', 'cut', 'kernel', 'loader',
+    'memory', 'pieces', 'step', 'timing', 'training'
 ]
 
 

@@ -5,6 +5,8 @@
     python tools/benchmark.py contrast --sizes anchors=256 length=500
     python tools/benchmark.py contrast-step --methods sepico-dist spcl
     python tools/benchmark.py step --config configs/daformer/... --turns 5
+    python tools/benchmark.py backbone --nets b5 --threads 1
+    python tools/benchmark.py loader --config configs/daformer/...
 
 What is compared runs in turns in the same process (A B C A B C ...), and a
 ratio is the median of the ratios of the turns: other work on the machine
@@ -27,7 +29,13 @@ if (TOOLS.parent / 'mmseg_contrast').is_dir():  # a clone uses its own code
 
 import mmseg_contrast  # noqa: E402, F401, I001  its import error comes first
 import torch  # noqa: E402
-from benchmarks import contrast, contrast_step, step  # noqa: E402
+from benchmarks import (  # noqa: E402
+    backbone,
+    contrast,
+    contrast_step,
+    loader,
+    step,
+)
 from benchmarks.arguments import check_common  # noqa: E402
 
 from mmseg_contrast.engine.mistakes import one_sentence  # noqa: E402
@@ -37,8 +45,8 @@ def run_peak(args: argparse.Namespace) -> None:
     """Peak memory of one case, in bytes, on the last line."""
     case = json.loads(args.case)
     torch.set_num_threads(case['threads'])
-    peak_of = step.peak_of if case['part'] == 'step' else contrast.peak_of
-    print(peak_of(case))
+    parts = dict(step=step, backbone=backbone)
+    print(parts.get(case['part'], contrast).peak_of(case))
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
-    for module in (contrast, contrast_step, step):
+    for module in (contrast, contrast_step, step, backbone, loader):
         module.add_command(commands)
     peak = commands.add_parser('peak', help='used by the others')
     peak.set_defaults(run=run_peak)

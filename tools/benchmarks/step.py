@@ -56,7 +56,7 @@ def add_command(commands: Any) -> None:
         '--amp', default='float32', choices=PRECISIONS,
         help='float32, or mixed precision on a GPU')
     parser.add_argument(
-        '--compile', action='store_true', help='with torch.compile')
+        '--compile', action='store_true', help='with CompileHook')
     parser.add_argument(
         '--no-memory', action='store_true', help='do not measure memory')
     parser.add_argument(
@@ -130,8 +130,7 @@ def measure_step(setup: Setup, timer: Timer, sync_check: bool = False
         pieces = Pieces(training)
         passes, parts = pieces.passes(), pieces.parts()
         flops = {name: one.flops() for name, one in passes.items()}
-        functions = {name: training.compiled(one) for name, one in
-                     functions_of(passes, parts).items()}
+        functions = functions_of(passes, parts)
         seconds = timer.in_turns(
             {'': training.step, **functions}, pieces.prepare)
     return dict(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mmseg_contrast.adaptation import UDASegmentor
 from mmseg_contrast.datasets import PackStreamInputs
+from mmseg_contrast.engine.hooks import CompileHook
 
 from .draws import blocks, generator
 
@@ -263,7 +265,8 @@ class Training:
             config.train_dataloader, self.sizes,
             setup.batch or config.train_dataloader.batch_size,
             self.model.num_classes)
-        self._train_step = self.compiled(self.model.train_step)
+        if setup.compiled:
+            CompileHook().before_train(SimpleNamespace(model=self.model))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -275,10 +278,6 @@ class Training:
     def images(self) -> int:
         """Images of a step, of all streams."""
         return sum(len(one) for one in self.batch['inputs'].values())
-
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """By torch, if that was asked for."""
-        return torch.compile(function) if self.setup.compiled else function
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -293,7 +292,7 @@ class Training:
 
     def step(self) -> None:
         """One iteration."""
-        self._train_step(self.batch, self.optim_wrapper)
+        self.model.train_step(self.batch, self.optim_wrapper)
 
     def losses(self) -> None:
         """The forward of one iteration."""
