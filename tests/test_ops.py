@@ -97,7 +97,7 @@ def test_saturation_and_hue_are_those_of_hsv(rgb, factor, turn):
     order = torch.arange(4).unsqueeze(0)
     for changed, place, number in (
             ((hue, min(saturation * factor, 1), value), 2, factor),
-            ((hue + turn, saturation, value), 3, turn)):
+            (((hue + turn) % 1, saturation, value), 3, turn)):
         factors = neutral.clone()
         factors[0, place] = number
         want = torch.tensor(colorsys.hsv_to_rgb(*changed)).view_as(image)
