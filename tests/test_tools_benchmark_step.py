@@ -226,6 +226,17 @@ def test_training_stands_in_the_middle(path):
     assert max(moved.values()) < 1e-6
 
 
+def test_the_networks_are_compiled_on_demand(path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        trainings.CompileHook, 'before_train',
+        lambda hook, runner: found.append(runner.model))
+    one = trained(path, compiled=True)
+    assert found == [one.model]
+    trained(path)
+    assert len(found) == 1
+
+
 def test_the_batch_is_like_the_loaders(path):
     one = trained(path, batch=3)
     images, samples = one.batch['inputs'], one.batch['data_samples']
@@ -376,7 +387,7 @@ def test_what_each_pass_runs(pieces):
                 pieces.prepare()
                 run()
                 assert runs == [], name
-    assert 'forward' not in vars(encoder)
+    assert model.objectives['feature_distance'].encoder is encoder
     for hook in hooks:
         hook.remove()
 

@@ -90,7 +90,7 @@ def run_step(args: argparse.Namespace) -> None:
         steps=[])
     print(f'\n    {result["command"]}\n\n' + ', '.join(
         f'{name} {version}' for name, version in result['versions'].items())
-        + f'; {result["gpu"] or ""} {in_words(result)}', flush=True)
+        + f'; {result["gpu"] or "no GPU"}; {in_words(result)}', flush=True)
     for setup in setups:
         row = measure_step(setup, timer, args.sync_check)
         row['peak'] = None if args.no_memory else peak_in_new_process(
