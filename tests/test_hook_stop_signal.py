@@ -15,6 +15,16 @@ from mmseg_contrast.engine.hooks import NormSyncHook, StopSignalHook
 from mmseg_contrast.engine.hooks import stop_signal as module
 
 
+class Loop:
+    """Calls what happens while it runs."""
+
+    dataloader = dataloader_iterator = None
+
+    def run(self, *acts):
+        for act in acts:
+            act()
+
+
 class Runner:
     """As much of a runner as the hook needs."""
 
@@ -22,8 +32,7 @@ class Runner:
         self.iter, self.epoch, self.max_iters = 0, 0, 100
         self.hooks = [checkpoint] if checkpoint else []
         self.optim_wrapper = SimpleNamespace(_accumulative_counts=counts)
-        self.train_loop = SimpleNamespace(
-            dataloader=None, dataloader_iterator=None)
+        self.train_loop = Loop()
         self.said, self.closed = [], []
         self.logger = SimpleNamespace(warning=self.said.append)
         self.visualizer = SimpleNamespace(
@@ -60,6 +69,11 @@ def make():
     assert before == {one: signal.getsignal(one) for one in before}
 
 
+def send(runner, number=signal.SIGTERM):
+    """A signal while the loop runs."""
+    runner.train_loop.run(lambda: os.kill(os.getpid(), number))
+
+
 def step(hook, runner):
     hook.after_train_iter(runner, runner.iter)
     runner.iter += 1
@@ -69,8 +83,8 @@ def test_signal_saves_and_exits_once(make):
     checkpoints = Checkpoints()
     hook, runner = make(checkpoints)
     step(hook, runner)
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
+    send(runner)
+    send(runner)
     with pytest.raises(SystemExit) as end:
         step(hook, runner)
     assert end.value.code == 143
@@ -81,21 +95,33 @@ def test_signal_saves_and_exits_once(make):
 
 
 def test_processes_forked_meanwhile_end_at_once(make):
-    hook, _ = make()
+    hook, runner = make()
 
     def target():
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(runner)
         time.sleep(60)
 
     assert in_a_process(target) == -signal.SIGTERM
     assert hook._received == 0
 
 
+def test_a_process_whose_training_failed_ends_at_once(make):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    hook, runner = make()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [1] and hook._received == 0
+    send(runner)  # nobody listens any more
+    assert heard == [1, 1] and hook._received == 0
+    hook.after_train(runner)
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_signal_after_a_checkpoint_saves_no_other(make):
     checkpoints = Checkpoints()
     checkpoints.last_ckpt = 'folder/iter_1.pth'
     hook, runner = make(checkpoints)
-    os.kill(os.getpid(), signal.SIGTERM)
+    send(runner)
     with pytest.raises(SystemExit):
         step(hook, runner)
     assert checkpoints.saved == []
@@ -103,7 +129,7 @@ def test_signal_after_a_checkpoint_saves_no_other(make):
 
 def test_other_signals_if_wanted(make):
     hook, runner = make(signals=['SIGTERM', 'SIGUSR1'])
-    os.kill(os.getpid(), signal.SIGUSR1)
+    send(runner, signal.SIGUSR1)
     with pytest.raises(SystemExit) as end:
         step(hook, runner)
     assert end.value.code == 128 + signal.SIGUSR1
@@ -113,7 +139,7 @@ def test_other_signals_if_wanted(make):
 def test_accumulated_gradients_are_used_first(make):
     checkpoints = Checkpoints()
     hook, runner = make(checkpoints, counts=3)
-    os.kill(os.getpid(), signal.SIGTERM)
+    send(runner)
     step(hook, runner)
     step(hook, runner)
     hook.after_val_iter(runner, 0)
@@ -125,7 +151,7 @@ def test_accumulated_gradients_are_used_first(make):
 def test_epochs_are_not_saved_in_the_middle(make):
     checkpoints = Checkpoints(by_epoch=True)
     hook, runner = make(checkpoints)
-    os.kill(os.getpid(), signal.SIGTERM)
+    send(runner)
     with pytest.raises(SystemExit):
         step(hook, runner)
     assert checkpoints.saved == []
@@ -157,7 +183,7 @@ def test_ranks_do_not_ask_in_validation(make, monkeypatch):
     runner.iter = 7
     hook.after_val_iter(runner, 0)
     assert checkpoints.saved == []
-    os.kill(os.getpid(), signal.SIGTERM)
+    send(runner)
     hook.after_val_iter(runner, 1)
     hook.after_val_iter(runner, 2)
     assert checkpoints.saved == [(7, dict(epoch=0, iter=7))]

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class StopSignalHook(Hook):
         self.signals = [signal.Signals[name] for name in signals]
         self.interval = interval
         self._received, self._process = 0, 0
+        self._loop: CodeType | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -79,6 +80,7 @@ class StopSignalHook(Hook):
             runner (Runner): The runner.
         """
         self._received, self._process = 0, os.getpid()
+        self._loop = getattr(type(runner.train_loop).run, '__code__', None)
         # Python allows it in no other thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._receive)
@@ -129,12 +131,22 @@ class StopSignalHook(Hook):
         self._save(runner, runner.iter)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._process:
+        if os.getpid() == self._process and self._trains(frame):
             self._received = number
             return
-        # A process forked since has nothing to save, and must not outlive.
-        signal.signal(number, signal.SIG_DFL)
+        # A training that failed, or a process forked by one, has nothing to
+        # save: no hook says so.
+        for one, handler in self._before.items():
+            signal.signal(one, handler or signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+    def _trains(self, frame: FrameType | None) -> bool:
+        """Whether the loop that began still runs."""
+        while frame is not None:
+            if frame.f_code is self._loop:
+                return True
+            frame = frame.f_back
+        return False
 
     def _stop(self, runner: Runner, number: int, step: int) -> None:
         name = signal.Signals(number).name
