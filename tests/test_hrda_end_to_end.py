@@ -75,9 +75,7 @@ def logged(runner):
             runner.message_hub.log_scalars.items() if 'loss' in key}
 
 
-def test_a_run_and_its_second_half(tmp_path, config, monkeypatch):
-    # mmengine spends seconds on the layout of a config.
-    monkeypatch.setattr(Config, 'pretty_text', property(lambda _: 'x = 1'))
+def test_a_run_and_its_second_half(tmp_path, config):
     whole = start(tmp_path, config, 'whole')
     losses = logged(whole)
     for view in ('source', 'mixed', 'masked'):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from mmengine.registry import init_default_scope
 from test_hrda import SIZE, config
 
 from helpers import batch, build, dacs_parts, total
 from mmseg_contrast.ops import BoxOfEach
+from processes import on_ranks
 
 STEPS = 3
 CASES = ['mic', 'mic-halves', 'cluda', 'cluda-published', 'all']
@@ -59,13 +59,8 @@ def drawn(model):
     return found
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    init_default_scope('mmseg')
-    torch.distributed.init_process_group(
-        'gloo', init_method=(folder / 'meeting').as_uri(), rank=rank,
-        world_size=2)
-    results = {}
+def run_rank(folder):
+    rank, results = torch.distributed.get_rank(), {}
     for case in CASES:
         model = model_of(case)
         # Parameters without a gradient would be an error: none are looked
@@ -93,16 +88,12 @@ def run_rank(rank, folder):
         results[case] = dict(
             state=model.state_dict(), draws=draws, grads=grads)
     torch.save(results, folder / f'{rank}.pth')
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    processes = torch.multiprocessing.start_processes(
-        run_rank, (folder, ), nprocs=2, join=False, daemon=True,
-        start_method='fork')
-    assert any(processes.join(timeout=60) for _ in range(5))
+    on_ranks(run_rank, folder)
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
 
 
