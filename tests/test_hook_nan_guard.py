@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
@@ -26,6 +24,7 @@ from mmseg_contrast.engine.hooks import NaNGuardHook, nan_guard
 from mmseg_contrast.engine.mistakes import one_sentence
 from mmseg_contrast.engine.safe_step import FUSED, HOST, LATE, SCALER, way_of
 from mmseg_contrast.engine.saved_batch import load_batch
+from processes import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 NAN, INF = float('nan'), float('inf')
@@ -636,57 +635,34 @@ def test_guard_batch_of_several_images_a_position(tmp_path):
 
 # -- several ranks, a whole run --------------------------------------------
 
-RANKS = '''
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from mmengine.model import MMDistributedDataParallel
-from helpers import batch, build
-from mmseg_contrast.engine.finite import NonFiniteError
-from mmseg_contrast.engine.hooks import NaNGuardHook
-from test_hook_nan_guard import (
-    FUSED, HOST, Trainer, images, weights_of, wrapper_of)
+def train_on_a_rank(folder):
+    """Good batches, but for one of the second rank; result in a file."""
+    rank = torch.distributed.get_rank()
 
-dist.init_process_group('gloo')
-rank = dist.get_rank()
-out = Path(sys.argv[1])
+    def trainer(way, name, **options):
+        model = build()
+        wrapper = wrapper_of(model, way)
+        return Trainer(MMDistributedDataParallel(model),
+                       NaNGuardHook(**options), folder / name, wrapper)
 
-
-def trainer(way, name, **options):
-    model = build()
-    wrapper = wrapper_of(model, way)
-    return Trainer(MMDistributedDataParallel(model), NaNGuardHook(**options),
-                   out / name, wrapper)
-
-
-result = {}
-for way in (HOST, FUSED):
-    run = trainer(way, way)
-    run.train(batch(seed=rank))
-    try:
-        run.train(images() if rank else batch(seed=4), batch(seed=rank))
-    except NonFiniteError as error:
-        result[way] = [run.iter, str(error)]
-    run = trainer(way, way + 'skip', action='skip')
-    run.train(batch(seed=rank), images() if rank else batch(seed=4),
-              batch(seed=rank + 5))
-    run.hook.after_train(run)
-    result[way + 'skip'] = [run.hook.skipped, weights_of(run.model.module)]
-torch.save(result, out / f'rank{rank}.pth')
-'''
+    result = {}
+    odd = images() if rank else batch(seed=4)
+    for way in (HOST, FUSED):
+        run = trainer(way, way).train(batch(seed=rank))
+        try:
+            run.train(odd, batch(seed=rank))
+        except NonFiniteError as error:
+            result[way] = [run.iter, str(error)]
+        run = trainer(way, way + 'skip', action='skip')
+        run.train(batch(seed=rank), odd, batch(seed=rank + 5))
+        run.hook.after_train(run)
+        result[way + 'skip'] = [
+            run.hook.skipped, weights_of(run.model.module)]
+    torch.save(result, folder / f'rank{rank}.pth')
 
 
 def test_guard_decides_alike_on_two_ranks(tmp_path):
-    script = tmp_path / 'ranks.py'
-    script.write_text(RANKS)
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-         '--nproc_per_node=2', str(script), str(tmp_path)], cwd=ROOT,
-        capture_output=True, text=True, timeout=300, env=dict(
-            os.environ, OMP_NUM_THREADS='1',
-            PYTHONPATH=f'{ROOT}:{ROOT / "tests"}'))
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(train_on_a_rank, tmp_path)
     one, two = (torch.load(tmp_path / f'rank{r}.pth', weights_only=True)
                 for r in range(2))
     for way in (HOST, FUSED):
