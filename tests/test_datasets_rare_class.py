@@ -178,6 +178,37 @@ def test_recrops_and_decodes_once(tmp_path, monkeypatch):
                        dataset[7]['inputs']['source'])
 
 
+def test_files_are_decoded_once_and_labels_of_the_target_never(
+        tmp_path, monkeypatch):
+    """However often a crop is drawn again."""
+    import mmcv
+    source = write_folder(tmp_path / 's', 6, labels=corner_labels())
+    target = write_folder(tmp_path / 't', 3)
+    dataset = StreamDataset(dict(
+        source=dict(
+            dataset=folder(source, files_pipeline(CROP)),
+            rare_class=dict(min_pixels=20, max_recrops=200,
+                            min_crop_ratio=1.0)),
+        target=dict(labelled=False,
+                    dataset=folder(target, files_pipeline(CROP)))))
+    dataset[0]  # labels were read to be checked and counted
+    decoded, crops, real = [], [], mmcv.imfrombytes
+    monkeypatch.setattr(
+        mmcv, 'imfrombytes', lambda content, *args, **kwargs: decoded.append(
+            content) or real(content, *args, **kwargs))
+    for reader in dataset.streams['source'].readers:
+        finish = reader.finish
+        reader.finish = lambda *args, finish=finish, **kwargs: crops.append(
+            1) or finish(*args, **kwargs)
+    for position in range(1, 11):
+        dataset[position]
+    assert len(crops) > 20
+    assert len(decoded) == 10 * (2 + 1)
+    labels = {(target / 'ann_dir' / f'{i:03d}.png').read_bytes()
+              for i in range(3)}
+    assert not labels & set(decoded)
+
+
 def test_capped_stream_spreads(tmp_path):
     root = write_folder(tmp_path / 'a', 6, labels=corner_labels())
     dataset = rare_stream(root, max_repeats_per_file=1.2)
