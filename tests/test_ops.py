@@ -7,6 +7,7 @@ import colorsys
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,39 @@ def test_saturation_and_hue_are_those_of_hsv(rgb, factor, turn):
         torch.testing.assert_close(
             ops.color_jitter(image, factors, order), want.to(image),
             rtol=0, atol=1e-5)
+
+
+def test_each_sample_has_its_own_order_and_factors():
+    gen = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 4, 5, generator=gen, dtype=torch.float64)
+    images[:2] = (3 * images[:2]).round() / 3  # greys, and equal channels
+    factors = torch.rand(6, 4, generator=gen, dtype=torch.float64) + .5
+    factors[:, 3] -= 1
+    order = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1],
+                          [2, 3, 0, 1], [1, 0, 2, 3], [3, 2, 0, 1]])
+
+    def pixel(rgb, operation, factor):
+        if operation == 0:
+            return [min(max(one + factor - 1, 0), 1) for one in rgb]
+        if operation == 1:
+            return [min(one * factor, 1) for one in rgb]
+        hue, _, value = colorsys.rgb_to_hsv(*rgb)
+        saturation = (max(rgb) - min(rgb)) / (value + 1e-6)
+        if operation == 2:
+            saturation = min(saturation * factor, 1)
+        else:
+            hue = (hue + factor) % 1
+        return list(colorsys.hsv_to_rgb(hue, saturation, value))
+
+    got = ops.color_jitter(images, factors, order)
+    for i in range(6):
+        for y in range(4):
+            for x in range(5):
+                want = images[i, :, y, x].tolist()
+                for operation in order[i].tolist():
+                    want = pixel(want, operation, factors[i, operation].item())
+                assert got[i, :, y, x].tolist() == pytest.approx(
+                    want, abs=1e-12)
 
 
 # Randomness
