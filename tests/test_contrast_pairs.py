@@ -112,6 +112,64 @@ def test_the_teacher_says_what_is_related(exclude_self):
             assert got[place].tolist() == want
 
 
+@pytest.mark.parametrize('number', [1, 2, 4, 6])
+def test_the_same_largest_features_are_similar(number):
+    features = torch.tensor([
+        [9., 8, 1, 2, 3, 0], [8, 9, 0, 1, 2, 3], [0, 1, 2, 3, 8, 9],
+        [9, 1, 8, 2, 3, 0], [9, 8, 1, 3, 2, 0]])
+    keys = features.flip(0)
+
+    def largest(row):
+        # CDAC's form: sorted numbers of the largest, compared one by one.
+        return sorted(sorted(range(6), key=lambda d: -row[d])[:number])
+
+    for rows in (slice(0, 5), slice(1, 3)):
+        got = ops.same_top_features(features, keys, number)(rows)
+        assert got.dtype == torch.int8
+        assert got.tolist() == [
+            [1 if largest(one) == largest(other) else -1
+             for other in keys.tolist()] for one in features[rows].tolist()]
+
+
+def test_agreement_is_the_binary_cross_entropy_of_all_pairs():
+    p = torch.randn(5, CLASSES, generator=generator(0), dtype=torch.float64
+                    ).softmax(1).requires_grad_()
+    q = torch.randn(7, CLASSES, generator=generator(1), dtype=torch.float64
+                    ).softmax(1).requires_grad_()
+    labels, key_labels = integers(3, 5), integers(3, 7, seed=1)
+    labels[2] = key_labels[4] = 255
+    got = ops.pair_agreement_loss(
+        p, q, ops.same_label(labels, key_labels))
+    terms = []
+    for i in range(5):
+        for j in range(7):
+            if labels[i] == 255 or key_labels[j] == 255:
+                continue
+            terms.append(F.binary_cross_entropy(
+                (p[i] * q[j]).sum(), (labels[i] == key_labels[j]).double()))
+    torch.testing.assert_close(got, sum(terms) / 24, rtol=0, atol=1e-6)
+    assert len(terms) == 24
+    slopes = torch.autograd.grad(got, [p, q], retain_graph=True)
+    for one, other in zip(slopes, torch.autograd.grad(
+            sum(terms) / 24, [p, q]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not slopes[0][2].any() and not slopes[1][4].any()
+
+
+def test_agreement_without_a_pair_or_doubt_is_finite_and_connected():
+    p = torch.eye(3).requires_grad_()
+    nothing = ops.pair_agreement_loss(
+        p, p, ops.same_label(torch.full((3, ), 255), torch.arange(3)))
+    nothing.backward()
+    assert nothing == 0 and not p.grad.any()
+    # Sure and wrong in all pairs: -log(1e-7) each.
+    wrong = ops.pair_agreement_loss(
+        p, p, ops.same_label(torch.arange(3), torch.tensor([1, 2, 0])))
+    wrong.backward()
+    assert wrong.item() == pytest.approx(-2 / 3 * math.log(1e-7), rel=1e-3)
+    assert p.grad.isfinite().all()
+
+
 def test_a_rule_within_a_place_and_without_oneself():
     labels, keys = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1])
     places, key_places = torch.tensor([3, 4, 4]), torch.tensor([3, 4, 3])

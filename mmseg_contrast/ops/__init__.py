@@ -49,12 +49,14 @@ from .hard_negatives import hardest_negatives, mixed_energies
 from .label_downscale import downscale_labels, labels_at
 from .labels import ignored_last, known_labels
 from .noisy_labels import symmetric_cross_entropy, uniform_divergence
+from .pair_agreement import pair_agreement_loss
 from .pair_relation import (
     except_self,
     place_weights,
     same_label,
     same_label_across_images,
     same_pair,
+    same_top_features,
     teacher_topk,
     within,
 )
@@ -121,16 +123,17 @@ __all__ = [
     'logit_probabilities', 'masked_feature_distance', 'merge_moments',
     'merge_windows', 'mix', 'mixed_energies', 'moved_prototypes', 'normalized',
     'only_finite', 'over_thresholds', 'own_class', 'own_probability',
-    'pair_contrast_loss', 'pixel_entropy', 'place_weights', 'places_in_box',
-    'pool_moments', 'position_seed', 'present_classes',
-    'prototype_consistency', 'prototype_distances', 'prototype_energies',
-    'prototype_scores', 'push', 'push_members', 'put_on_canvas',
-    'queue_negatives', 'rank_in_groups', 'reco_loss', 'rectified',
-    'reference_blur_radius', 'resolution_contrast', 'same_label',
-    'same_label_across_images', 'same_pair', 'sampled_contrast_loss',
-    'scale_box', 'similar_class_negatives', 'slide_boxes', 'slide_windows',
-    'split_weights', 'symmetric_cross_entropy', 'teacher_topk',
-    'temperature_scale', 'top_scored', 'top_scored_members', 'u2pl_loss',
-    'uniform_divergence', 'unit', 'unreliable_class_members', 'unsure_box',
-    'variance_energies', 'within', 'within_box', 'without_classes'
+    'pair_agreement_loss', 'pair_contrast_loss', 'pixel_entropy',
+    'place_weights', 'places_in_box', 'pool_moments', 'position_seed',
+    'present_classes', 'prototype_consistency', 'prototype_distances',
+    'prototype_energies', 'prototype_scores', 'push', 'push_members',
+    'put_on_canvas', 'queue_negatives', 'rank_in_groups', 'reco_loss',
+    'rectified', 'reference_blur_radius', 'resolution_contrast', 'same_label',
+    'same_label_across_images', 'same_pair', 'same_top_features',
+    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
+    'slide_boxes', 'slide_windows', 'split_weights', 'symmetric_cross_entropy',
+    'teacher_topk', 'temperature_scale', 'top_scored', 'top_scored_members',
+    'u2pl_loss', 'uniform_divergence', 'unit', 'unreliable_class_members',
+    'unsure_box', 'variance_energies', 'within', 'within_box',
+    'without_classes'
 ]

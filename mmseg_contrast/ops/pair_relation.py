@@ -142,6 +142,36 @@ def teacher_topk(teacher: Tensor,
     return rule
 
 
+def same_top_features(features: Tensor,
+                      key_features: Tensor,
+                      number: int = 5) -> PairRule:
+    """Positives have the same largest features, in whatever order.
+
+    Similarity without labels (Li et al., CVPR 2021, section 3.2; CDAC): the
+    sets of the ``number`` largest of D features coincide. All other pairs
+    are negatives.
+
+    Args:
+        features (Tensor): Of the anchors, ``(N, D)``; no gradient.
+        key_features (Tensor): Of the keys, ``(M, D)``; no gradient.
+        number (int): Features that are compared, from 1 to D.
+
+    Returns:
+        PairRule: See the top of this file.
+    """
+    mine, keys = (
+        torch.zeros_like(one, dtype=torch.float32).scatter_(
+            1, one.topk(number, 1).indices, 1.)
+        for one in (features.detach(), key_features.detach()))
+
+    def rule(rows: slice) -> Tensor:
+        # Sums of ones: exact in each of the formats that autocast may take.
+        same = mine[rows] @ keys.T > number - .5
+        return _relation(same, torch.ones_like(same))
+
+    return rule
+
+
 def within(rule: PairRule, places: Tensor, key_places: Tensor) -> PairRule:
     """The same rule between anchors and keys of one place only.
 
