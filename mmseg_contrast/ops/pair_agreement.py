@@ -1,4 +1,4 @@
-"""Pairs that should, or should not, be of one class, by their probabilities."""
+"""Which pairs are of one class, by their probabilities."""
 
 from __future__ import annotations
 
