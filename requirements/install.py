@@ -1,6 +1,6 @@
 """Install what is missing in the environment of the running Python.
 
-    python requirements/install.py [lint]
+    python requirements/install.py [lint | stock]
 
 Called by the Makefile, with nothing but the standard library. A torch that
 works, and a stock OpenMMLab stack, are never replaced. A stamp in the
@@ -46,7 +46,7 @@ def main() -> None:
     lines, constraints = keep_what_is_there(requirement_lines(wanted))
     say(f'environment {sys.prefix}, Python {platform.python_version()}')
     install(lines, constraints)
-    if name == 'tested':
+    if name != 'lint':
         mend_opencv(lines)
     if Path(sys.prefix).resolve() == ROOT / '.venv':
         # Our own environment: tools of any folder find the package.

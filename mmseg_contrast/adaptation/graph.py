@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -44,16 +44,18 @@ def check(model: UDASegmentor) -> list[str]:
                          for view in objective.needs), default=0)
               for name, objective in model.objectives.items()}
     _check_folding(model)
+    _check_joint(model)
     return sorted(depths, key=lambda name: (depths[name], name))
 
 
-def groups(objectives: Mapping[str, nn.Module], order: list[str]
-           ) -> list[list[str]]:
+def groups(objectives: Mapping[str, nn.Module], order: list[str],
+           joint_views: Sequence[str] = ()) -> list[list[str]]:
     """Objectives that have a pass of the student in common.
 
     Args:
         objectives (Mapping[str, nn.Module]): With the views that they need.
         order (list[str]): Names in the order of evaluation.
+        joint_views (Sequence[str]): Views that share a pass.
 
     Returns:
         list[list[str]]: Names in that order; no two groups share a view.
@@ -61,6 +63,8 @@ def groups(objectives: Mapping[str, nn.Module], order: list[str]
     found: list[tuple[set[str], list[str]]] = []
     for name in order:
         views, names = set(objectives[name].needs), [name]
+        if views & set(joint_views):
+            views |= set(joint_views)
         apart = []
         for others, members in found:
             if others & views:
@@ -148,6 +152,20 @@ def _check_contrast(model: UDASegmentor) -> None:
                 'model.segmentor.auxiliary_head has a ContrastHead that no '
                 "objective uses: add model.objectives.contrast=dict(type="
                 f"'Contrast', head={head!r}).")
+
+
+def _check_joint(model: UDASegmentor) -> None:
+    """Views that share a pass are seen anyway, by a student that can."""
+    if not model.joint_views:
+        return
+    seen = {view for one in model.objectives.values() for view in one.needs}
+    unknown = sorted(set(model.joint_views) - seen)
+    if unknown or len(set(model.joint_views)) < max(
+            2, len(model.joint_views)):
+        raise ValueError(
+            f'model.joint_views = {list(model.joint_views)} must name two or '
+            f'more of the views that objectives see ({sorted(seen)}).')
+    model.adapter.check_joint()
 
 
 def _check_folding(model: UDASegmentor) -> None:

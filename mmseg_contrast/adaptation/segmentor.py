@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class UDASegmentor(BaseSegmentor):
             runs: the same gradients with less memory. On several GPUs it
             needs ``model_wrapper_cfg =
             dict(type='UDADistributedDataParallel')``.
+        joint_views (Sequence[str]): Views that the backbone sees in one pass,
+            such as ``('source', 'mixed_strong')``: fewer, larger kernels.
+            The same features, but for other draws of stochastic depth; a
+            backbone with batch norms is refused.
         channels_last (bool): Keep convolutions of student and teachers in
             this layout, which tensor cores want in half precision.
         data_preprocessor (dict, optional): As Runner injects it; must equal
@@ -86,6 +90,7 @@ class UDASegmentor(BaseSegmentor):
                  state: dict[str, dict] | None = None,
                  predict_with: str = 'student',
                  backward: str = 'sum',
+                 joint_views: Sequence[str] = (),
                  channels_last: bool = False,
                  data_preprocessor: dict | None = None,
                  backbone: dict | None = None,
@@ -130,7 +135,9 @@ class UDASegmentor(BaseSegmentor):
                              'teacher in model.teachers.')
         self.predict_with = predict_with
         self.backward_mode = backward
-        self.groups = graph.groups(self.objectives, graph.check(self))
+        self.joint_views = tuple(joint_views)
+        self.groups = graph.groups(
+            self.objectives, graph.check(self), self.joint_views)
         # One order in both modes: batch norms record passes in it.
         self.order = [name for group in self.groups for name in group]
         self.trains_all = any(isinstance(one, Segmentation)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import forked_rng, generator_at
 from .pseudo_labels import PseudoLabels
-from .students import StudentOutput
+from .students import Features, StudentOutput
 from .view import View
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Step:
         self.predictions: dict[tuple[str, str], Tensor] = {}
         self.pseudo_labels: dict[str, PseudoLabels] = {}
         self.logs: dict[str, Tensor] = {}
+        self._joining = False
 
     def _position(self, *name: str) -> tuple[int | str, ...]:
         return self.seed, self.rank, self.iteration, *name
@@ -62,11 +63,33 @@ class Step:
     def student(self, view: str) -> StudentOutput:
         """The student's pass over a view, in training mode."""
         if view not in self.students:
-            self.students[view] = StudentOutput(
-                self._model.adapter, self.view(view),
-                self._position('student', view),
-                view in self._model.norm_views)
+            if view in self._model.joint_views:
+                self._join(self._model.joint_views)
+            else:
+                self._see(view)
         return self.students[view]
+
+    def _see(self, view: str, features: Features | None = None) -> None:
+        self.students[view] = StudentOutput(
+            self._model.adapter, self.view(view),
+            self._position('student', view), view in self._model.norm_views,
+            features=features)
+
+    def _join(self, names: tuple[str, ...]) -> None:
+        """One pass of the backbone over several views."""
+        if self._joining:
+            raise ValueError(
+                f'model.joint_views = {list(names)}: one of these is '
+                "labelled by the student's pass over another, so that they "
+                'cannot be seen together: leave it out.')
+        self._joining = True
+        views = [self.view(name) for name in names]
+        with forked_rng(views[0].images.device,
+                        *self._position('student', *names, 'features')):
+            each = self._model.adapter.joint_features(views)
+        for name, features in zip(names, each, strict=True):
+            self._see(name, features)
+        self._joining = False
 
     def teacher(self, name: str, view: str) -> Tensor:
         """A teacher's class probabilities for a view, ``(N, C, H, W)``."""

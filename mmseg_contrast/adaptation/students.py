@@ -27,6 +27,9 @@ from .view import View
 
 _TRAINING = ('loss', '_decode_head_forward_train',
              '_auxiliary_head_forward_train')
+#: Outputs of the backbone, if they can be had, and those of the neck.
+Features = tuple[Sequence[Tensor] | None, Sequence[Tensor]]
+
 _SCORE_HEADS = ('Mask2FormerHead', 'MaskFormerHead')
 
 
@@ -122,8 +125,7 @@ class StudentAdapter:
         heads = [*self.decode.values(), *self.auxiliary.values()]
         return [head.where for head in heads if head.folds]
 
-    def features(self, view: View, generator: torch.Generator
-                 ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor]]:
+    def features(self, view: View, generator: torch.Generator) -> Features:
         """Outputs of the backbone, and those of the neck.
 
         Args:
@@ -154,6 +156,59 @@ class StudentAdapter:
         if self.segmentor.with_neck:
             return stages, self.segmentor.neck(stages)
         return stages, stages
+
+    def joint_features(self, views: Sequence[View]) -> list[Features]:
+        """What :meth:`features` gives for each view, by one pass over all.
+
+        Args:
+            views (Sequence[View]): Images of the same size, ``(N, 3, H, W)``;
+                N may differ.
+
+        Returns:
+            list: As of :meth:`features`, for each view.
+
+        Raises:
+            ValueError: If images differ in size, or a view has inputs.
+        """
+        sizes = {view.name: tuple(view.images.shape[-2:]) for view in views}
+        if len(set(sizes.values())) > 1 or any(one.inputs for one in views):
+            raise ValueError(
+                'model.joint_views: images of all views must have the same '
+                'size, and no further inputs for the backbone, got '
+                f'{sizes}.')
+        counts = [len(view.images) for view in views]
+        stages = self.segmentor.backbone(
+            torch.cat([view.images for view in views]))
+        outputs = [stages]
+        if self.segmentor.with_neck:
+            outputs.append(self.segmentor.neck(stages))
+        split = [list(zip(*(one.split(counts) for one in output), strict=True))
+                 for output in outputs]
+        return list(zip(split[0], split[-1], strict=True))
+
+    def check_joint(self) -> None:
+        """Refuse a student that can't see several views in one pass.
+
+        Raises:
+            ValueError: If it crops images, extracts features in a way of its
+                own, or has batch norms that are trained.
+        """
+        kind = type(self.segmentor)
+        reason = ''
+        if kind.extract_feat is not EncoderDecoder.extract_feat:
+            reason = f'{kind.__name__} extracts features in its own way'
+        else:
+            parts = [self.segmentor.backbone]
+            if self.segmentor.with_neck:
+                parts.append(self.segmentor.neck)
+            for part in parts:
+                if not getattr(part, 'norm_eval', False) and any(
+                        isinstance(one, nn.modules.batchnorm._BatchNorm)
+                        for one in part.modules()):
+                    reason = (f'{type(part).__name__} has batch norms, which '
+                              'would mix the statistics of the views')
+        if reason:
+            raise ValueError(f'model.joint_views: {reason}: leave it out.')
 
     def backbone_images(self, view: View) -> Tensor:
         """The images that :attr:`StudentOutput.backbone_features` are of.
@@ -195,11 +250,14 @@ class StudentOutput:
         rng_keys (tuple): Position of this pass, for dropout and the like.
         update_norm (bool): Whether batch-norm statistics are recorded.
         recording (bool): Whether gradients are, as far as torch does.
+        features (tuple, optional): Of this view, where a pass over several
+            has given them.
     """
 
     def __init__(self, adapter: StudentAdapter, view: View,
                  rng_keys: tuple[int | str, ...], update_norm: bool,
-                 recording: bool = True) -> None:
+                 recording: bool = True,
+                 features: Features | None = None) -> None:
         self._adapter = adapter
         self._view = view
         self._rng_keys = rng_keys
@@ -208,9 +266,11 @@ class StudentOutput:
         self._outputs: dict[str, tuple[Any, Any]] = {}
         self._seen = Seen()
         self._embeddings: dict[str, Tensor] = {}
-        with self._context('features'):
-            self.backbone_features, self.features = adapter.features(
-                view, generator_at(*rng_keys, 'detail'))
+        if features is None:
+            with self._context('features'):
+                features = adapter.features(
+                    view, generator_at(*rng_keys, 'detail'))
+        self.backbone_features, self.features = features
 
     @contextmanager
     def _context(self, name: str, update_norm: bool | None = None
