@@ -398,6 +398,14 @@ def test_flops_are_those_of_the_forward(pieces):
     found = {name: one.flops() for name, one in pieces.passes().items()}
     assert found['frozen backbone feature_distance'] == backbone
     assert found['student target'] == backbone
+    # A view by itself, also where the step sees several in one pass.
+    views = list(pieces.students)
+    pieces.model.joint_views = tuple(views)
+    try:
+        again = {name: one.flops() for name, one in pieces.passes().items()}
+    finally:
+        pieces.model.joint_views = ()
+    assert len(views) > 1 and again == found
     decode = 2 * 2 * 8 * 8**2 * (9 * 8 + CLASSES)
     assert found['student source'] == backbone + decode
     assert found['teacher ema target'] == backbone + decode

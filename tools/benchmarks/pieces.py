@@ -157,7 +157,10 @@ class Pieces:
         decodes = bool(self.students[view]._outputs)
 
         def forward() -> Tensor:
-            output = self.again(students={}).student(view)
+            # By itself, also where the step sees several views at once.
+            step = self.again(students={})
+            step._see(view)
+            output = step.students[view]
             if learns:
                 return self._stock_loss(output, view)
             if decodes and output.logits is not None:
