@@ -3,6 +3,7 @@
 import gc
 import os
 import runpy
+import signal
 import sys
 
 import pytest
@@ -51,7 +52,13 @@ def run_tool(tmp_path, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setattr(sys, 'path', list(sys.path))
 
+    before = {one: signal.getsignal(one)
+              for one in (signal.SIGINT, signal.SIGTERM)}
+
     def forget():
+        # A tool may take signals for the rest of its process.
+        for one, handler in before.items():
+            signal.signal(one, handler)
         # mmengine keeps these by name; a real second run is a new process.
         for kind in (MessageHub, MMLogger, Visualizer, SegLocalVisualizer):
             kind._instance_dict.clear()

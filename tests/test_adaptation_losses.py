@@ -1,5 +1,7 @@
 """Weighted losses, for losses that take weights and those that don't."""
 
+import itertools
+
 import pytest
 import torch
 from mmseg.models.losses.kldiv_loss import KLDivLoss
@@ -47,6 +49,37 @@ def test_cross_entropy_has_the_published_values():
 ])
 def test_which_losses_take_a_weight_map(config, channels, takes):
     assert takes_pixel_weights(loss(**config), channels) is takes
+
+
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('class_weight,avg_non_ignore', [
+    (None, False), (None, True), ([.5, 1., 3.], False), ([.5, 1., 3.], True)])
+def test_what_cross_entropy_divides_by(class_weight, avg_non_ignore,
+                                       weighted):
+    of_mmseg = loss(
+        type='CrossEntropyLoss', class_weight=class_weight,
+        avg_non_ignore=avg_non_ignore, loss_weight=2.)
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=gen)
+    labels = torch.randint(0, 3, (2, 4, 5), generator=gen)
+    labels[0, :2] = labels[1, 0, 0] = 255
+    weights = torch.rand(2, 4, 5, generator=gen) if weighted else None
+    total, divisor = 0., 0.
+    for n, y, x in itertools.product(range(2), range(4), range(5)):
+        label = labels[n, y, x].item()
+        if label == 255:
+            # Counted by mmseg's default, but not where classes have weights.
+            divisor += not avg_non_ignore and class_weight is None
+            continue
+        of_class = 1. if class_weight is None else class_weight[label]
+        divisor += of_class
+        total -= (of_class * (1. if weights is None else weights[n, y, x])
+                  * logits[n, :, y, x].log_softmax(0)[label]).item()
+    got = weighted_loss(of_mmseg, logits, labels, weights)
+    assert got.item() == pytest.approx(2 * total / divisor, rel=1e-5)
+    nothing = weighted_loss(
+        of_mmseg, logits, torch.full_like(labels, 255), weights)
+    assert nothing == 0
 
 
 def test_a_loss_that_can_do_neither_is_refused_by_key():

@@ -17,7 +17,8 @@ from helpers import dacs_parts, narrower, sample
 from mmseg_contrast.adaptation.heads import Target
 
 CONFIGS = Path(mmseg.__file__).parent / '.mim' / 'configs'
-HAS_OPS = importlib.util.find_spec('mmcv._ext') is not None
+OPS = importlib.util.find_spec('mmcv._ext')
+HAS_OPS = OPS is not None and OPS.origin is not None  # no stub
 HAS_MMDET = importlib.util.find_spec('mmdet') is not None
 
 # config, side of the test images

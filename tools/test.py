@@ -85,6 +85,7 @@ def enable_visualization(cfg: Config, show: bool, show_dir: str | None,
             '--show and --show-dir need a hook in the config: '
             "default_hooks.visualization=dict(type='SegVisualizationHook').")
     hook.draw = True
+    hook.interval = 1  # of batches: stock mmseg draws each 50th otherwise
     if show:
         hook.show = True
         hook.wait_time = wait_time

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmseg.models.losses import CrossEntropyLoss, cross_entropy
 from torch import Tensor, nn
 
 IGNORE = 255
@@ -31,6 +32,25 @@ def _keywords(loss: nn.Module, ignore_index: int) -> dict[str, int]:
     if _knows_ignore_index(type(loss).forward):
         return dict(ignore_index=ignore_index)
     return {}
+
+
+def _average_factor(loss: nn.Module, labels: Tensor, ignore_index: int
+                    ) -> dict[str, Tensor]:
+    """What mmseg's cross entropy divides by, where it would wait for it.
+
+    Counting pixels that are not ignored it asks the GPU for the number; with
+    class weights the forks select these pixels, and stock 1.2.2 stops at the
+    first ignored one, of whose "class" there is no weight.
+    """
+    if (not isinstance(loss, CrossEntropyLoss) or loss.reduction != 'mean'
+            or loss.cls_criterion is not cross_entropy):
+        return {}
+    valid = labels != ignore_index
+    if loss.class_weight is not None:
+        weights = torch.tensor(loss.class_weight, device=labels.device)
+        each = weights[labels.where(valid, labels.new_zeros(()))]
+        return dict(avg_factor=(each * valid).sum())
+    return dict(avg_factor=valid.sum()) if loss.avg_non_ignore else {}
 
 
 def _where_tried() -> torch.device:
@@ -149,6 +169,7 @@ def weighted_loss(loss: nn.Module,
         return _guarded(loss, logits, labels, ignore_index)
     if takes_map:
         return loss(logits, labels, weight=weights,
+                    **_average_factor(loss, labels, ignore_index),
                     **_keywords(loss, ignore_index))
     if parts is None:
         raise ValueError(
