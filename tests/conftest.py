@@ -8,13 +8,6 @@ import sys
 
 import pytest
 import torch
-
-# Before the first import of mmseg, and for the processes that tests start.
-STUBS = os.path.join(os.path.dirname(__file__), 'stubs')
-runpy.run_path(os.path.join(STUBS, 'sitecustomize.py'))
-os.environ['PYTHONPATH'] = os.pathsep.join(
-    [STUBS, *filter(None, [os.environ.get('PYTHONPATH')])])
-
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.visualization import Visualizer
