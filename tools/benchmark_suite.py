@@ -663,12 +663,16 @@ def plot_pair(methods: dict[str, dict[int, dict[str, Any]]], pair: str,
     """Dots of all seeds, and bars per class, as one picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from mmseg_contrast.engine.curves import distinct_colors
     names = class_names(methods)
-    figure = Figure(figsize=(max(8, 0.8 * len(names)), 6.4), dpi=85)
+    width = max(8, 0.8 * len(names), 0.8 * len(methods))
+    figure = Figure(figsize=(width, 7), dpi=85)
     FigureCanvasAgg(figure)
     dots, bars = figure.subplots(2, 1)
+    colors = distinct_colors(len(methods))
     for at, (method, seeds) in enumerate(methods.items()):
-        color = f'C{at % 10}'
+        color = colors[at]
         for shift, marker, label, values in (
                 (-0.08, 'o', 'student', [r['mIoU'] for r in seeds.values()]),
                 (0.08, 'D', 'teacher', [r['teacher']['mIoU'] for r in
@@ -685,7 +689,8 @@ def plot_pair(methods: dict[str, dict[int, dict[str, Any]]], pair: str,
         offset = (at - (len(methods) - 1) / 2) * width
         bars.bar(np.arange(len(names)) + offset, means, width, label=method,
                  color=color)
-    dots.set_xticks(range(len(methods)), list(methods))
+    dots.set_xticks(range(len(methods)), list(methods), rotation=30,
+                    ha='right')
     dots.set_xlim(-0.5, len(methods) - 0.5)
     dots.set_ylabel('target mIoU')
     dots.set_title(f'{pair}: one mark per seed, filled: student, '
@@ -694,7 +699,7 @@ def plot_pair(methods: dict[str, dict[int, dict[str, Any]]], pair: str,
     bars.set_xticks(range(len(names)), names, rotation=30, ha='right')
     bars.set_ylabel('IoU, mean over seeds')
     bars.grid(axis='y', alpha=0.3)
-    bars.legend(fontsize=8)
+    bars.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     figure.tight_layout()
     # no metadata: the same results give the same bytes everywhere
     figure.savefig(path, metadata={'Software': None})

@@ -37,6 +37,21 @@ def read_curve(path: str | Path,
     return steps, [points[step] for step in steps]
 
 
+def distinct_colors(number: int) -> Sequence[tuple[float, float, float]]:
+    """Colours that can be told apart, up to twenty; then they repeat.
+
+    Args:
+        number (int): How many are wanted.
+
+    Returns:
+        Sequence[tuple]: Red, green and blue, in [0, 1].
+    """
+    import matplotlib
+    name = 'tab10' if number <= 10 else 'tab20'
+    colors = matplotlib.color_sequences[name]
+    return [colors[at % len(colors)] for at in range(number)]
+
+
 def draw_curves(curves: Mapping[str, Sequence[Curve]],
                 out_png: str | Path,
                 title: str = '',
@@ -53,13 +68,14 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]],
     # Figure without pyplot: no global state, no display, works in a hook.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 3.8), dpi=90)
+    figure = Figure(figsize=(8.5, 4.2), dpi=90)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for at, (label, runs) in enumerate(curves.items()):
+    colors = distinct_colors(len(curves))
+    for (label, runs), color in zip(curves.items(), colors, strict=True):
         for number, (steps, values) in enumerate(runs):
             axes.plot(steps, values, marker='o', ms=3, lw=1.4,
-                      color=f'C{at % 10}', alpha=0.8,
+                      color=color, alpha=0.8,
                       label=label if number == 0 else None)
     axes.set_xlabel('iteration')
     axes.set_ylabel(ylabel)
@@ -67,7 +83,8 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]],
         axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     if curves:
-        axes.legend(fontsize=8)
+        # Beside the curves: with many labels it would hide them.
+        axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     figure.tight_layout()
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
