@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
@@ -37,14 +38,14 @@ def read_curve(path: str | Path,
     return steps, [points[step] for step in steps]
 
 
-def distinct_colors(number: int) -> Sequence[tuple[float, float, float]]:
+def distinct_colors(number: int) -> list[Any]:
     """Colours that can be told apart, up to twenty; then they repeat.
 
     Args:
         number (int): How many are wanted.
 
     Returns:
-        Sequence[tuple]: Red, green and blue, in [0, 1].
+        list: Colours, as matplotlib takes them.
     """
     import matplotlib
     name = 'tab10' if number <= 10 else 'tab20'
