@@ -142,6 +142,13 @@ def batch(size=(32, 32), samples=2, num_classes=CLASSES, seed=0):
             target=[sample(None, size) for _ in range(samples)]))
 
 
+def double(data):
+    """The same batch with images in float64."""
+    return dict(data, inputs={
+        name: [image.double() for image in images]
+        for name, images in data['inputs'].items()})
+
+
 def run(model, data):
     """Losses of one iteration."""
     data = model.data_preprocessor(copy.deepcopy(data), True)

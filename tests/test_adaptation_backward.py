@@ -7,7 +7,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from helpers import batch, build, dacs_parts, run, tiny_student
+from helpers import batch, build, dacs_parts, double, run, tiny_student
 from mmseg_contrast.adaptation import backward, graph
 from mmseg_contrast.adaptation import segmentor as segmentor_module
 
@@ -66,12 +66,6 @@ def train(mode, steps=5, lr=0.1, **options):
     logs = [model.train_step(double(batch(seed=i)), optim_wrapper)
             for i in range(steps)]
     return model, logs, optim_wrapper
-
-
-def double(data):
-    return dict(data, inputs={
-        name: [image.double() for image in images]
-        for name, images in data['inputs'].items()})
 
 
 @pytest.mark.parametrize('options', [

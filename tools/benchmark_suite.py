@@ -666,8 +666,8 @@ def plot_pair(methods: dict[str, dict[int, dict[str, Any]]], pair: str,
 
     from mmseg_contrast.engine.curves import distinct_colors
     names = class_names(methods)
-    width = max(8, 0.8 * len(names), 0.8 * len(methods))
-    figure = Figure(figsize=(width, 7), dpi=85)
+    figure = Figure(
+        figsize=(max(8, 0.8 * len(names), 0.8 * len(methods)), 7), dpi=85)
     FigureCanvasAgg(figure)
     dots, bars = figure.subplots(2, 1)
     colors = distinct_colors(len(methods))

@@ -152,7 +152,12 @@ class StudentAdapter:
         own = type(self.segmentor).extract_feat
         if own is not EncoderDecoder.extract_feat and not view.inputs:
             return None, self.segmentor.extract_feat(view.images)
-        stages = self.segmentor.backbone(view.images, **view.inputs)
+        return self._stages(view.images, **view.inputs)
+
+    def _stages(self, images: Tensor, **inputs: Any
+                ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What the backbone gives, and the neck."""
+        stages = self.segmentor.backbone(images, **inputs)
         if self.segmentor.with_neck:
             return stages, self.segmentor.neck(stages)
         return stages, stages
@@ -177,14 +182,11 @@ class StudentAdapter:
                 'size, and no further inputs for the backbone, got '
                 f'{sizes}.')
         counts = [len(view.images) for view in views]
-        stages = self.segmentor.backbone(
-            torch.cat([view.images for view in views]))
-        outputs = [stages]
-        if self.segmentor.with_neck:
-            outputs.append(self.segmentor.neck(stages))
-        split = [list(zip(*(one.split(counts) for one in output), strict=True))
-                 for output in outputs]
-        return list(zip(split[0], split[-1], strict=True))
+        together = self._stages(torch.cat([view.images for view in views]))
+        before, after = (
+            zip(*(one.split(counts) for one in stages), strict=True)
+            for stages in together)
+        return list(zip(before, after, strict=True))
 
     def check_joint(self) -> None:
         """Refuse a student that can't see several views in one pass.
