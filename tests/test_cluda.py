@@ -179,7 +179,7 @@ def by_hand(model, view, size):
         for i in range(size):
             for j in range(size):
                 here = context[image, :, i, j]
-                y, x = i * step, j * step
+                y, x = i * step + step // 2, j * step + step // 2
                 f.append(here)
                 labels.append(view.labels[image, y, x])
                 p.append(1. if view.weights is None

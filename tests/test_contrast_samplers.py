@@ -57,6 +57,10 @@ def slow_labels(labels, size, rule, min_ratio=.75):
             out[b, i, j] = labels[b, math.floor(i * height / rows),
                                   math.floor(j * width / columns)]
             continue
+        if rule == 'centre':
+            out[b, i, j] = labels[b, math.floor((i + .5) * height / rows),
+                                  math.floor((j + .5) * width / columns)]
+            continue
         if rule == 'stride':
             out[b, i, j] = labels[b, ::math.ceil(height / rows)][i][
                 ::math.ceil(width / columns)][j]
@@ -75,7 +79,8 @@ def slow_labels(labels, size, rule, min_ratio=.75):
 @fuzzed
 @given(cell=st.tuples(st.integers(1, 5), st.integers(1, 5)),
        size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-       rule=st.sampled_from(['nearest', 'ratio', 'majority', 'stride']),
+       rule=st.sampled_from(
+           ['nearest', 'centre', 'ratio', 'majority', 'stride']),
        ratio=st.sampled_from([0., .3, .5, .75, 1.]),
        seed=st.integers(0, 99))
 def test_labels_at_whole_cells_equal_the_loops(cell, size, rule, ratio, seed):
@@ -90,14 +95,19 @@ def test_labels_at_whole_cells_equal_the_loops(cell, size, rule, ratio, seed):
 
 @pytest.mark.parametrize('sides', [
     (512, 65), (640, 160), (513, 129), (7, 3), (3, 7), (97, 24), (5, 1)])
-def test_nearest_labels_of_any_size(sides):
+@pytest.mark.parametrize('rule, mode', [
+    ('nearest', 'nearest'), ('centre', 'nearest-exact')])
+def test_nearest_labels_of_any_size(sides, rule, mode):
     labels = torch.arange(sides[0]).view(1, 1, -1).expand(1, 2, -1)
-    got = ops.labels_at(labels, (1, sides[1]), 'nearest', CLASSES)
-    want = F.interpolate(labels[:, None].double(), (1, sides[1]))
+    got = ops.labels_at(labels, (1, sides[1]), rule, CLASSES)
+    want = F.interpolate(labels[:, None].double(), (1, sides[1]), mode=mode)
     assert torch.equal(got, want[:, 0].long())
     turned = ops.labels_at(
-        labels.transpose(1, 2), (sides[1], 1), 'nearest', CLASSES)
+        labels.transpose(1, 2), (sides[1], 1), rule, CLASSES)
     assert torch.equal(turned, got.transpose(1, 2))
+    if rule == 'centre':  # the place of features that are resized so
+        places = ops.centres(sides[1], sides[0])
+        assert torch.equal(got[0, 0], places.floor().long())
 
 
 def test_nearest_labels_are_exact_where_floats_are_not():

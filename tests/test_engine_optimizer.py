@@ -14,6 +14,7 @@ from mmseg_contrast.engine.optimizer import (
     describe_groups,
     drop_frozen,
     merge_groups,
+    start_momentum,
     use_fused,
 )
 
@@ -317,8 +318,12 @@ def test_fused_auto_changes_nothing_on_the_cpu():
                    for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(digit_version(torch.__version__) < digit_version('2.4'),
-                    reason='torch has no fused AdamW on the CPU')
+needs_fused = pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.4'),
+    reason='torch has no fused AdamW on the CPU')
+
+
+@needs_fused
 def test_fused_if_it_is_asked_for_gives_the_same_steps():
     plain, fused = built(), built(fused=True)
     assert all(g['fused'] for g in fused[1].optimizer.param_groups)
@@ -357,6 +362,92 @@ def test_where_auto_is_fused():
     for own in (dict(fused=False), dict(foreach=True)):
         assert not use_fused('auto', dict(adam, **own), on_gpu)
         assert not use_fused(True, dict(adam, **own), on_gpu)
+
+
+def stepped(optimizer, grads, skip=()):
+    """What the weight is after steps, of which some are left out."""
+    weight, = optimizer.param_groups[0]['params']
+    for i, grad in enumerate(grads):
+        weight.grad = torch.full_like(weight, grad)
+        if optimizer.param_groups[0].get('fused'):
+            optimizer.found_inf = torch.tensor(float(i in skip))
+            optimizer.step()
+            del optimizer.found_inf
+        elif i not in skip:
+            optimizer.step()
+    return weight.detach().clone()
+
+
+@needs_fused
+def test_a_first_step_of_fused_sgd_that_is_left_out_leaves_no_momentum(
+        monkeypatch):
+    # What uninitialised memory may hold.
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, 'empty_like', lambda *args, **kwargs: empty(
+        *args, **kwargs).fill_(1e6))
+    found = []
+    for fused in (True, False):
+        for skip in ((), (0, ), (1, )):
+            optimizer = torch.optim.SGD(
+                [nn.Parameter(torch.ones(4))], lr=0.1, momentum=0.9,
+                weight_decay=0.01, fused=fused)
+            start_momentum(optimizer)
+            assert len(optimizer.state) == fused
+            found.append(stepped(optimizer, [1., -2., 3.], skip))
+    for mine, theirs in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not torch.equal(found[0], found[1])
+    _, wrapper = built(fused=True, optimizer=dict(
+        type='SGD', lr=0.1, momentum=0.9))
+    assert len(wrapper.optimizer.state) == 11
+    # With dampening the first momentum isn't that of the equation.
+    assert not use_fused('auto', dict(type='SGD', lr=1., dampening=0.1),
+                         [OnGPU()])
+    assert use_fused('auto', dict(type='SGD', lr=1., momentum=0.9), [OnGPU()])
+
+
+@needs_fused
+@pytest.mark.parametrize('before, after', [(False, True), (True, False)])
+def test_a_resumed_optimizer_is_computed_as_its_own_config_says(
+        before, after):
+    first, saved = built(fused=before)
+    after_steps(first, saved)
+    weights, state = copy.deepcopy((first.state_dict(), saved.state_dict()))
+    want = after_steps(first, saved)
+    model, wrapper = built(seed=1, fused=after)
+    model.load_state_dict(weights)
+    wrapper.load_state_dict(state)
+    assert all(bool(group['fused']) is after
+               for group in wrapper.optimizer.param_groups)
+    # As NaNGuardHook and a gradient scaler do it.
+    if after:
+        wrapper.optimizer.found_inf = torch.zeros(())
+    found = after_steps(model, wrapper)
+    for (name, _), a, b in zip(model.named_parameters(), found, want,
+                               strict=True):
+        if name != 'segmentor.backbone.0.bias':
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_follow_weights_that_changed_their_layout():
+    kept = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model, wrapper = built()
+        after_steps(model, wrapper)
+        state = copy.deepcopy(wrapper.state_dict())
+        weights = copy.deepcopy(model.state_dict())
+        model, wrapper = built(seed=1)
+        model.load_state_dict(weights)
+        model.to(memory_format=layout)
+        wrapper.load_state_dict(state)
+        for p, moments in wrapper.optimizer.state.items():
+            assert {one.stride() for one in moments.values()
+                    if one.shape == p.shape} == {p.stride()}
+        kept.append(after_steps(model, wrapper))
+    for (name, _), mine, theirs in zip(model.named_parameters(), *kept,
+                                       strict=True):
+        if name != 'segmentor.backbone.0.bias':
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_mistakes_of_fused_are_named():

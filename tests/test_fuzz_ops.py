@@ -70,7 +70,8 @@ def test_fuzz_mixing_keeps_what_is_not_finite_in_its_place(
 
 @fuzz(60)
 @given(SEEDS, LABELS, BATCH, CLASSES, SIDES, SIDES, SIDES, SIDES,
-       st.sampled_from(['nearest', 'ratio', 'majority', 'stride']),
+       st.sampled_from(
+           ['nearest', 'centre', 'ratio', 'majority', 'stride']),
        st.sampled_from([0., .5, .75, 1.]))
 def test_fuzz_label_downscale(seed, kind, samples, classes, height, width,
                               rows, columns, rule, ratio):

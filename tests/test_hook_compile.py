@@ -53,6 +53,16 @@ def compare(make, prepare=compiled):
                                    atol=1e-5, msg=key)
 
 
+def test_each_iteration_begins_a_step_of_cuda_graphs(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin',
+                        lambda: begun.append(1))
+    hook = CompileHook(backend='eager')
+    for i in range(3):
+        hook.before_train_iter(SimpleNamespace(), i, {})
+    assert len(begun) == 3
+
+
 def with_classifier(dropout=0.):
     """DACS and an objective that reads what the head classifies."""
     return build(tiny_student(dropout=dropout), **dacs_parts(objectives=dict(

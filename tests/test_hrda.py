@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers import CLASSES, NORM, batch, build, dacs_parts, run, sample, total
 from mmseg_contrast.adaptation.heads import MultiScaleHead, Target
+from mmseg_contrast.adaptation.pseudo_labels.labels import Predictor
 from mmseg_contrast.models import HRDAHead, HRDASegmentor, MultiScale
 
 SIZE = (64, 64)
@@ -188,24 +189,31 @@ def test_windows_tile_the_image():
     assert all(edge % 8 == 0 for box in uneven for edge in box)
 
 
+@pytest.mark.parametrize('size, crop', [((64, 64), (32, 32)),
+                                        ((64, 96), (32, 16))])
 @pytest.mark.parametrize('overlap', [True, False])
 @pytest.mark.parametrize('samples', [1, 2])
-def test_evaluation_equals_windows_one_by_one(samples, overlap):
-    net = segmentor(overlap=overlap).eval()
-    x = images(samples)
+def test_evaluation_equals_windows_one_by_one(samples, overlap, size, crop):
+    net = segmentor(overlap=overlap, detail_size=crop).eval()
+    x = images(samples, size)
     head = net.decode_head
+    high, wide = crop
+    tops, lefts = (range(0, side - length + 1, length // (1 + overlap))
+                   for side, length in zip(size, crop, strict=True))
     with torch.no_grad():
         outputs = head.scales(net.extract_feat(x))
-        total, count = torch.zeros(samples, CLASSES, 16, 16), 0
-        for top in (0, 16, 32) if overlap else (0, 32):
-            for left in (0, 16, 32) if overlap else (0, 32):
-                crop = x[..., top:top + 32, left:left + 32]
-                one = F.pad(head.head(net.backbone(crop)), (
-                    left // 4, 8 - left // 4, top // 4, 8 - top // 4))
+        total, count = torch.zeros(
+            samples, CLASSES, *(side // 4 for side in size)), 0
+        for top in tops:
+            for left in lefts:
+                part = x[..., top:top + high, left:left + wide]
+                one = F.pad(head.head(net.backbone(part)), (
+                    left // 4, (size[1] - wide - left) // 4,
+                    top // 4, (size[0] - high - top) // 4))
                 total = total + one
                 count = count + (one != 0).all(1, keepdim=True).float()
         detail = total / count
-        stages = net.backbone(up(x, (32, 32)))
+        stages = net.backbone(up(x, tuple(side // 2 for side in size)))
         context = head.head(stages)
         attention = head.scale_attention(stages).sigmoid()
     torch.testing.assert_close(outputs.detail, detail)
@@ -213,20 +221,26 @@ def test_evaluation_equals_windows_one_by_one(samples, overlap):
     torch.testing.assert_close(outputs.attention, attention)
     assert outputs.box is None
     torch.testing.assert_close(
-        outputs.fused, up((1 - attention) * context, (16, 16))
-        + up(attention, (16, 16)) * detail)
+        outputs.fused, up((1 - attention) * context, detail.shape[2:])
+        + up(attention, detail.shape[2:]) * detail)
 
 
 @pytest.mark.parametrize('rows', [1, 4, 7, 18])
 def test_a_bound_on_windows_changes_no_result(rows):
     whole, bounded = segmentor(), segmentor(max_windows=rows)
+    decoded = []
+    bounded.decode_head.head.register_forward_hook(
+        lambda module, args, output: decoded.append(len(output)))
     with torch.no_grad():
         want = whole.eval()(images())
         got = bounded.eval()(images())
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    most = max(shape[0] for shape in bounded.backbone.calls)
-    assert most <= rows + 2  # and the context of two images
-    assert len(bounded.backbone.calls) == -(-18 // rows)
+    # 18 windows and the contexts of two images, which are first.
+    encoded = [shape[0] for shape in bounded.backbone.calls]
+    assert sum(encoded) == sum(decoded) == 20
+    room = [min(rows, 20 - start) for start in range(0, 20, rows)]
+    assert encoded == (room if rows > 2 else [2, *[1] * 18])
+    assert decoded[0] == 2 and max(decoded[1:]) <= rows
 
 
 def test_a_norm_that_sees_the_batch_sees_all_windows():
@@ -238,7 +252,7 @@ def test_a_norm_that_sees_the_batch_sees_all_windows():
     with torch.no_grad():
         net(images())
     assert seen == [2, 18]
-    assert [shape[0] for shape in net.backbone.calls] == [6, 4, 4, 4, 2]
+    assert [shape[0] for shape in net.backbone.calls] == [4, 4, 4, 4, 4]
     net = segmentor(backbone='TinyBackbone', max_windows=4).eval()
     net.backbone.train()
     seen = []
@@ -592,6 +606,18 @@ def test_one_step_of_mic_on_hrda():
     assert model.teachers['ema'].model.backbone.calls[-1][0] == 2 * 9 + 2
 
 
+def test_a_teachers_logits_show_the_image_without_its_padding():
+    model = uda()
+    data = model.data_preprocessor(batch((64, 60)), True)
+    images = {name: one[..., :60] for name, one in data['inputs'].items()}
+    step = model._step(images, data['data_samples'])
+    logits = Predictor('ema', 'target', False).logits(step)
+    assert step.view('target').images.shape[-2:] == logits.shape[-2:] == (
+        64, 60)
+    torch.testing.assert_close(
+        logits.softmax(1), step.teacher('ema', 'target'))
+
+
 def test_adapted_losses_are_the_stock_ones():
     model = uda(dacs_parts(objectives=dict(
         source=dict(type='Segmentation', view='source'))))
@@ -705,6 +731,8 @@ def test_nothing_asks_for_a_value(training):
 @pytest.mark.parametrize('changes, message', [
     (dict(detail_size=(30, 32)), r'HRDASegmentor.detail_size .* multiples of '
                                  'divisor = 8'),
+    (dict(detail_size=32), 'must be a height and a width, .* got 32'),
+    (dict(attention=None), 'attention must be a dict, .* got None'),
     (dict(divisor=0), 'HRDASegmentor.divisor must be at least 1'),
     (dict(max_windows=0), 'max_windows must be at least 1'),
     (dict(decode_head=FCN), 'type = FCNHead is no HRDAHead'),

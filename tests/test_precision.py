@@ -7,6 +7,8 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 
 from helpers import batch
 from methods import METHODS, tiny_model
+from mmseg_contrast.ops import fusion
+from mmseg_contrast.ops.fusion import add_windows
 
 
 def step(name, autocast, steps=2):
@@ -62,12 +64,17 @@ def test_what_needs_precision_keeps_it_in_every_method(name):
     assert torch.cosine_similarity(mine, theirs, 0) > 0.85
 
 
-def test_logits_are_resized_in_full_precision(monkeypatch):
+@pytest.mark.parametrize('name', ['daformer', 'mic-hrda'])
+def test_logits_are_resized_in_full_precision(name, monkeypatch):
     """A half of 8 bits would round them twice."""
     from mmseg.models.decode_heads import decode_head
 
     from mmseg_contrast.adaptation import heads
     seen = []
+    summed = []
+    monkeypatch.setattr(
+        fusion, 'add_windows', lambda total, windows, boxes: summed.append(
+            total.dtype) or add_windows(total, windows, boxes))
 
     def watch(module, name):
         resize = getattr(module, name)
@@ -79,7 +86,7 @@ def test_logits_are_resized_in_full_precision(monkeypatch):
             return resize(*args, **kwargs)
         return watched
 
-    _, model = tiny_model('daformer')
+    _, model = tiny_model(name)
     data = model.data_preprocessor(batch((64, 64), num_classes=19), True)
     monkeypatch.setattr(decode_head, 'resize', watch(decode_head, 'resize'))
     monkeypatch.setattr(heads.F, 'interpolate', watch(heads.F, 'interpolate'))
@@ -87,6 +94,8 @@ def test_logits_are_resized_in_full_precision(monkeypatch):
         model(**data, mode='loss')
     assert {name for name, _ in seen} == {'resize', 'interpolate'}
     assert {dtype for _, dtype in seen} == {torch.float32}
+    # The teacher's overlapping windows.
+    assert summed == ([torch.float32] if name == 'mic-hrda' else [])
 
 
 OPTIONS = dict(

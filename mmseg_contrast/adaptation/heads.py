@@ -20,7 +20,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..models.classifier_input import Seen
-from ..ops import crop_to_box
+from ..ops import crop_to_box, full_precision
 from ..ops.crop_box import AnyBox
 from .losses import IGNORE, WeightParts, check_loss, weighted_loss
 
@@ -169,8 +169,7 @@ class PlainHead:
         for piece in self.pieces(outputs, target):
             logits, goal = piece.logits, piece.target
             # Resized and compared with labels in full precision.
-            logits = logits.to(
-                torch.promote_types(logits.dtype, torch.float32))
+            logits = full_precision(logits)
             if logits.dim() == 4:
                 logits = F.interpolate(
                     logits, goal.labels.shape[-2:], mode='bilinear',

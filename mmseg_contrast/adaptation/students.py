@@ -20,7 +20,7 @@ from ..models import (
     windows_per_pass,
 )
 from ..models.classifier_input import Seen, classifier_input
-from ..ops import forked_rng, generator_at
+from ..ops import forked_rng, full_precision, generator_at
 from ..ops.crop_box import AnyBox
 from .heads import Target, adapt_head
 from .view import View
@@ -454,4 +454,4 @@ def _decode(segmentor: nn.Module, features: Any, metas: list[dict]) -> Tensor:
 def _full_precision(scores: Any) -> Any:
     if not isinstance(scores, Tensor):
         return scores
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return full_precision(scores)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 #: What constructors note in a group and no optimizer reads.
 LABELS = ('lr_mult', 'decay_mult')
+#: How a step is computed, not what.
+FORMS = ('fused', 'foreach', 'capturable', 'differentiable')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -41,7 +43,7 @@ class UDAOptimWrapperConstructor:
             ``'DefaultOptimWrapperConstructor'``. ``fused`` says whether the
             optimizer updates all tensors in one kernel: True, False, or
             'auto', which does so where it can, if all that is trained is on
-            GPUs. An ``optimizer`` that says ``fused`` or ``foreach`` itself
+            GPUs. A resumed run does as its own config says. An ``optimizer`` that says ``fused`` or ``foreach`` itself
             is left alone.
         paramwise_cfg (dict, optional): Passed to the stock constructor.
 
@@ -99,6 +101,8 @@ class UDAOptimWrapperConstructor:
         add_parameters(optimizer, trainable_extras(model, student),
                        self.custom_keys)
         merge_groups(optimizer)
+        start_momentum(optimizer)
+        resume_as_built(optimizer)
         print_log(describe_groups(optimizer), logger='current')
         return optim_wrapper
 
@@ -121,8 +125,10 @@ def use_fused(asked: bool | str, optimizer_cfg: Mapping,
     cls = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
     known = cls is not None and 'fused' in inspect.signature(cls).parameters
     if asked == 'auto':
-        return known and all(p.is_cuda and p.is_floating_point()
-                             for p in trained)
+        # With dampening, :func:`start_momentum` can't make the first step of
+        # SGD one that can be left out.
+        return known and not optimizer_cfg.get('dampening') and all(
+            p.is_cuda and p.is_floating_point() for p in trained)
     if not known:
         raise ValueError('optim_wrapper.fused = True, but optim_wrapper.'
                          f'optimizer.type = {kind!r} has no fused form.')
@@ -234,6 +240,57 @@ def merge_groups(optimizer: torch.optim.Optimizer) -> None:
             if first.get(label) != group.get(label):
                 first.pop(label, None)
     optimizer.param_groups[:] = merged.values()
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give fused SGD a momentum of 0 before its first step.
+
+    It would make an uninitialised one in that step, and keep it if the step
+    is left out because a gradient is not finite. From 0 the first momentum is
+    the gradient, as ever.
+
+    Args:
+        optimizer (torch.optim.Optimizer): One that hasn't stepped yet.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group.get('fused') and group['momentum'] and (
+                not group['dampening']):
+            for p in group['params']:
+                optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+
+
+def resume_as_built(optimizer: torch.optim.Optimizer) -> None:
+    """Let a checkpoint say what is known, not how steps are computed.
+
+    PyTorch takes over all settings of the groups, and the memory layout of
+    what is averaged: a run that was begun on a CPU could not go on with a
+    fused optimizer, nor one whose weights are ``channels_last`` since.
+
+    Args:
+        optimizer (torch.optim.Optimizer): The optimizer, which gets hooks.
+    """
+    def keep_forms(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+        groups = [{**theirs, **{key: mine[key] for key in FORMS
+                                if key in mine}}
+                  for theirs, mine in zip(saved['param_groups'],
+                                          optimizer.param_groups,
+                                          strict=False)]
+        # Where their number differs, PyTorch says so.
+        groups += saved['param_groups'][len(groups):]
+        return dict(saved, param_groups=groups)
+
+    def lay_out(optimizer: torch.optim.Optimizer) -> None:
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and (
+                        value.stride() != p.stride()):
+                    state[key] = torch.empty_like(
+                        p, dtype=value.dtype).copy_(value)
+
+    optimizer.register_load_state_dict_pre_hook(keep_forms)
+    optimizer.register_load_state_dict_post_hook(lay_out)
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:

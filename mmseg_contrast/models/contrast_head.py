@@ -78,7 +78,7 @@ class ContrastHead(BaseModule):
             as they are), or 'none'.
         sampler (dict): Which pixels are anchors.
         label_rule (str): How labels come to the embeddings' resolution:
-            'nearest', 'ratio', 'majority' or 'stride', see
+            'nearest', 'centre', 'ratio', 'majority' or 'stride', see
             :func:`mmseg_contrast.ops.labels_at`.
         min_ratio (float): For 'ratio', in [0, 1].
         correct_only (bool): In supervised training, whether only pixels

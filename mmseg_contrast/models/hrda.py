@@ -66,8 +66,10 @@ class HRDASegmentor(ContrastLoss, BatchedSlide, EncoderDecoder):
         overlap (bool): Whether windows are half a window apart (published,
             9 for an image of twice the detail's size), or side by side (4).
         max_windows (int): Windows, counted over the batch, in one call of
-            backbone and head in evaluation: a bound on memory. A batch norm
-            that sees the batch gets all at once nevertheless.
+            backbone and head in evaluation: a bound on memory. Contexts
+            count too where they go with the first windows; where there is no
+            room they go before them, all at once. So does everything where a
+            batch norm sees the batch.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -104,8 +106,9 @@ class HRDASegmentor(ContrastLoss, BatchedSlide, EncoderDecoder):
             if value < 1:
                 raise ValueError(
                     f'HRDASegmentor.{key} must be at least 1, got {value}.')
-        if len(detail_size) != 2 or min(detail_size) < 1 or any(
-                side % divisor for side in detail_size):
+        if not isinstance(detail_size, Sequence) or len(detail_size) != 2 or (
+                min(detail_size) < 1) or any(
+                    side % divisor for side in detail_size):
             raise ValueError(
                 'HRDASegmentor.detail_size must be a height and a width, '
                 f'multiples of divisor = {divisor}, got {detail_size}.')
@@ -228,16 +231,22 @@ class HRDASegmentor(ContrastLoss, BatchedSlide, EncoderDecoder):
     def _encode(self, context: Tensor, crops: Tensor
                 ) -> tuple[_BothStages, list[_BothStages]]:
         """Stages of the context and of the crops, in as few calls as exact."""
+        number = len(context)
         sees_batch = self._sees_batch()
-        first, *others = crops.split(
-            len(crops) if self.training or sees_batch else self.max_windows)
-        if sees_batch or context.shape[-2:] != crops.shape[-2:]:
-            low, high = self._stages(context), self._stages(first)
-        else:
-            both = self._stages(torch.cat([context, first]))
+        limit = (number + len(crops) if self.training or sees_batch
+                 else self.max_windows)
+        joint = (not sees_batch and number < limit
+                 and context.shape[-2:] == crops.shape[-2:])
+        first = min(limit - number if joint else limit, len(crops))
+        if joint:
+            both = self._stages(torch.cat([context, crops[:first]]))
             low, high = (_rows(both, part) for part in (
-                slice(len(context)), slice(len(context), None)))
-        return low, [high, *(self._stages(chunk) for chunk in others)]
+                slice(number), slice(number, None)))
+        else:
+            low, high = self._stages(context), self._stages(crops[:first])
+        return low, [high, *(
+            self._stages(crops[start:start + limit])
+            for start in range(first, len(crops), limit))]
 
     def _stages(self, images: Tensor) -> _BothStages:
         """What the backbone gives, and the neck."""

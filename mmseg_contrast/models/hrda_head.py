@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,8 @@ class HRDAHead(BaseModule):
         init_cfg (dict, optional): Not used; both heads have their own.
 
     Raises:
-        ValueError: If the head gives more than one map, or a number is out
-            of range.
+        ValueError: If the head gives more than one map, if a number is out
+            of range, or the attention neither a number nor a dict.
     """
 
     def __init__(self,
@@ -132,8 +132,13 @@ class HRDAHead(BaseModule):
                 raise ValueError('HRDAHead.attention, as a number, must lie '
                                  f'in [0, 1], got {attention}.')
             self.fixed_attention = float(attention)
-        else:
+        elif isinstance(attention, Mapping):
             self.scale_attention = self.companion(attention, classwise)
+        else:
+            raise ValueError(
+                'HRDAHead.attention must be a dict, such as '
+                'dict(channels=256), or a number in [0, 1], got '
+                f'{attention!r}.')
         self.num_classes = self.head.num_classes
         self.out_channels = self.head.out_channels
         self.threshold = self.head.threshold
@@ -152,7 +157,7 @@ class HRDAHead(BaseModule):
         """Pixel sampler of the inner head, see mmseg."""
         return self.head.sampler
 
-    def companion(self, config: dict, classwise: bool = False) -> nn.Module:
+    def companion(self, config: Mapping, classwise: bool = False) -> nn.Module:
         """Another head on the same stages, such as the attention.
 
         Args:

@@ -61,6 +61,7 @@ from .pair_relation import (
     within,
 )
 from .pair_weights import complement_weights, joint_weights, split_weights
+from .precision import full_precision
 from .prototype import (
     image_class_means,
     moved_prototypes,
@@ -116,8 +117,9 @@ __all__ = [
     'confident_fraction', 'contrast_loss', 'contrast_regularizer',
     'crop_to_box', 'crop_windows', 'downscale_labels', 'draw_crop_box',
     'draw_offsets', 'draw_per_group', 'ema_update', 'entropy_threshold',
-    'except_self', 'forked_rng', 'fuse_detail', 'gather_moments', 'gather_new',
-    'gaussian_blur', 'gaussian_energies', 'generator_at', 'hard_and_easy',
+    'except_self', 'forked_rng', 'full_precision', 'fuse_detail',
+    'gather_moments', 'gather_new', 'gaussian_blur', 'gaussian_energies',
+    'generator_at', 'hard_and_easy',
     'hard_labels', 'hardest_negatives', 'hide_blocks', 'ignored_last',
     'image_class_means', 'joint_weights', 'known_labels', 'labels_at',
     'logit_probabilities', 'masked_feature_distance', 'merge_moments',

@@ -11,6 +11,7 @@ from mmengine.dist import all_gather, get_world_size
 from torch import Tensor
 
 from .labels import IGNORE, ignored_last
+from .precision import full_precision
 
 Moments = tuple[Tensor, Tensor, Tensor]
 
@@ -38,8 +39,7 @@ def class_moments(features: Tensor,
     Returns:
         Moments: count, mean and m2; at least float32.
     """
-    features = features.to(
-        torch.promote_types(features.dtype, torch.float32))
+    features = full_precision(features)
     # Ignored rows are a class of their own, which is cut off at the end.
     ids = ignored_last(labels, num_classes, ignore_index)
     count = ids.new_zeros(num_classes + 1)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .labels import IGNORE, known_labels
+from .precision import full_precision
 
 ABSENT = -float('inf')
 
@@ -92,7 +93,7 @@ def variance_energies(anchors: Tensor, variance: Tensor, tau: float
         Tensor: ``(N, C)``.
     """
     # Squares of half-precision anchors would lose half of their digits.
-    wide = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    wide = full_precision(anchors)
     return _similarities(wide.square(), variance, 2 * tau**2)
 
 
@@ -122,7 +123,7 @@ def bank_energies(anchors: Tensor, keys: Tensor, filled: Tensor, tau: float,
         every = _similarities(anchors, keys.flatten(0, 1), tau)
         every = every.view(-1, *filled.shape).masked_fill(~filled, ABSENT)
         return finite_logsumexp(every, 2)
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    keys = full_precision(keys)
     total = torch.where(filled.unsqueeze(2), keys, 0.).sum(1)
     # The mean of inner products is the inner product with the mean.
     mean = total / count.clamp_min(1).unsqueeze(1)

@@ -21,6 +21,7 @@ from .crop_box import (
     put_on_canvas,
     scale_box,
 )
+from .precision import full_precision
 
 
 def fuse_detail(context: Tensor,
@@ -36,6 +37,9 @@ def fuse_detail(context: Tensor,
     m is 1 inside the box; the attention is masked before it is up-sampled,
     so the border of the crop is soft.
 
+    Computed in float32 at least: half precision would round the logits
+    once more than those of a single scale.
+
     Args:
         context (Tensor): c, logits of the whole image, ``(N, C, h, w)``.
         detail (Tensor): d, logits of the box, ``(N, C, H', W')``.
@@ -48,13 +52,15 @@ def fuse_detail(context: Tensor,
         align_corners (bool): Of the bilinear up-sampling.
 
     Returns:
-        Tensor: Logits at the detail's resolution: ``(N, C, h * factor,
-        w * factor)``, without a box those of the detail.
+        Tensor: Logits at the detail's resolution, float32 or wider:
+        ``(N, C, h * factor, w * factor)``, without a box those of the detail.
 
     Raises:
         ValueError: If the detail does not have the size of its box, or the
             box no whole number of the context's cells.
     """
+    context, detail, attention = (
+        full_precision(one) for one in (context, detail, attention))
     size = detail.shape[-2:]
     if box is not None:
         if size != box_size(box):
@@ -117,8 +123,10 @@ def merge_windows(windows: Tensor, boxes: Sequence[Box],
         size (tuple): Height and width of the result.
 
     Returns:
-        Tensor: ``(N, C, *size)``.
+        Tensor: ``(N, C, *size)``, float32 or wider.
     """
-    total = windows.new_zeros(*windows.shape[1:3], *size)
+    total = windows.new_zeros(
+        *windows.shape[1:3], *size,
+        dtype=torch.promote_types(windows.dtype, torch.float32))
     add_windows(total, windows, boxes)
     return mean_of_windows(total, boxes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .contrast import check_choice
 from .labels import IGNORE, ignored_last
 
-RULES = ('nearest', 'ratio', 'majority', 'stride')
+RULES = ('nearest', 'centre', 'ratio', 'majority', 'stride')
 
 
 def labels_at(labels: Tensor,
@@ -26,6 +26,11 @@ def labels_at(labels: Tensor,
     - ``nearest``: row ``floor(i H / h)``, column ``floor(j W / w)``, as
       torch's nearest resizing; for any size. Of classes at a border it
       keeps what the grid hits.
+    - ``centre``: row ``floor((i + 1/2) H / h)``, the pixel in the middle of
+      the cell, as torch's 'nearest-exact'; for any size. With features that
+      were resized with ``align_corners=False``, as
+      :func:`mmseg_contrast.ops.bilinear_at` does at
+      :func:`mmseg_contrast.ops.centres`, it is the label of their place.
     - ``ratio``: the most frequent label of each cell if it covers at least
       ``min_ratio`` of it, else ignored (DAFormer, Hoyer et al., CVPR 2022;
       SePiCo, Xie et al., 2023), see :func:`downscale_labels`.
@@ -43,7 +48,7 @@ def labels_at(labels: Tensor,
     Args:
         labels (Tensor): Class ids, int64, ``(B, H, W)``.
         size (Sequence[int]): ``(h, w)`` of the feature map.
-        rule (str): 'nearest', 'ratio', 'majority' or 'stride'.
+        rule (str): 'nearest', 'centre', 'ratio', 'majority' or 'stride'.
         num_classes (int): Number of classes C.
         min_ratio (float): For ``ratio``, in [0, 1].
         ignore_index (int): Label that is ignored.
@@ -61,8 +66,11 @@ def labels_at(labels: Tensor,
                          'in [0, 1]')
     height, width = labels.shape[1:]
     rows, columns = size
-    if rule == 'nearest':
-        return _nearest(_nearest(labels, rows, 1), columns, 2)
+    if rule in ('nearest', 'centre'):
+        for dim, number in ((1, rows), (2, columns)):
+            labels = labels.index_select(dim, _hit(
+                labels.shape[dim], number, rule == 'centre', labels.device))
+        return labels
     if rule == 'stride':
         down, right = -(-height // rows), -(-width // columns)
         small = labels[:, ::down, ::right]
@@ -129,10 +137,12 @@ def _most_frequent(labels: Tensor, down: int, right: int, num_classes: int,
     return torch.where(clear & (winner < num_classes), winner, ignore_index)
 
 
-def _nearest(labels: Tensor, number: int, dim: int) -> Tensor:
-    places = torch.arange(number, device=labels.device)
+def _hit(length: int, number: int, centre: bool, device: torch.device
+         ) -> Tensor:
+    """The pixel of each of ``number`` cells that a map of labels keeps."""
+    places = torch.arange(number, device=device)
     # In whole numbers: torch's own floats miss floor(i H / h) at times.
-    return labels.index_select(dim, places * labels.shape[dim] // number)
+    return (2 * places + centre) * length // (2 * number)
 
 
 def _no_grid(labels: Tensor, size: Sequence[int], rule: str, lack: str

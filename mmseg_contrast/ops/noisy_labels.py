@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .labels import IGNORE, known_labels
+from .precision import full_precision
 
 
 def symmetric_cross_entropy(logits: Tensor,
@@ -37,7 +38,7 @@ def symmetric_cross_entropy(logits: Tensor,
     Returns:
         Tensor: 0-d, the mean over labelled pixels; 0 if there is none.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     known = known_labels(labels, logits.shape[1], ignore_index)
     ids = labels.where(known, labels.new_zeros(())).unsqueeze(1)
     own = logits.log_softmax(1).gather(1, ids).squeeze(1)
@@ -56,5 +57,5 @@ def uniform_divergence(logits: Tensor) -> Tensor:
     Args:
         logits (Tensor): ``(N, C, H, W)``.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     return -F.log_softmax(logits, 1).mean()

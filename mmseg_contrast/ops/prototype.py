@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .labels import IGNORE, ignored_last
+from .precision import full_precision
 
 
 def image_class_means(features: Tensor,
@@ -31,8 +32,7 @@ def image_class_means(features: Tensor,
         and bool ``(C, N)``: which exist. One that is not finite does not.
     """
     samples, channels = features.shape[:2]
-    features = features.to(
-        torch.promote_types(features.dtype, torch.float32))
+    features = full_precision(features)
     ids = ignored_last(labels, num_classes, ignore_index).flatten(1)
     image = torch.arange(samples, device=labels.device).unsqueeze(1)
     ids = (ids * samples + image).flatten()

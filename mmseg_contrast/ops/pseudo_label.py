@@ -8,6 +8,7 @@ from mmengine.dist import all_reduce
 from torch import Tensor
 
 from .labels import ignored_last
+from .precision import full_precision
 
 
 def logit_probabilities(logits: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def logit_probabilities(logits: Tensor) -> Tensor:
         Tensor: At least float32, of the same shape; two classes for a head
         with one channel.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     if logits.shape[1] > 1:
         return logits.softmax(1)
     positive = logits.sigmoid()

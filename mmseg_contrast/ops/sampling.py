@@ -14,6 +14,7 @@ from mmengine.dist import all_gather, get_world_size
 from torch import Tensor
 
 from .labels import IGNORE, known_labels
+from .precision import full_precision
 from .queue import gather_new, only_finite, push
 
 
@@ -149,7 +150,7 @@ def own_probability(logits: Tensor, labels: Tensor,
     Returns:
         Tensor: ``(B, h, w)``, at least float32; 0 for ignored pixels.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     known = known_labels(labels, logits.shape[1], ignore_index)
     ids = labels.where(known, labels.new_zeros(())).unsqueeze(1)
     return logits.softmax(1).gather(1, ids).squeeze(1) * known
@@ -164,8 +165,7 @@ def pixel_entropy(logits: Tensor) -> Tensor:
     Returns:
         Tensor: ``(B, h, w)``, in ``[0, ln C]``; at least float32.
     """
-    logs = logits.to(torch.promote_types(
-        logits.dtype, torch.float32)).log_softmax(1)
+    logs = full_precision(logits).log_softmax(1)
     return -(logs.exp() * logs).sum(1)
 
 

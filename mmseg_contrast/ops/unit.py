@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 #: What is shorter has no direction, as in ``F.normalize``.
 SHORTEST = 1e-12
 
@@ -24,6 +26,6 @@ def unit(vectors: Tensor, dim: int = 1) -> Tensor:
         Tensor: The same shape, float32 or wider: squares of half precision
         would underflow.
     """
-    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    wide = full_precision(vectors)
     length = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
     return wide / length.masked_fill(length < SHORTEST, 1.)

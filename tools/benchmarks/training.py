@@ -265,8 +265,12 @@ class Training:
             config.train_dataloader, self.sizes,
             setup.batch or config.train_dataloader.batch_size,
             self.model.num_classes)
+        self.compile_hook: CompileHook | None = None
         if setup.compiled:
-            CompileHook().before_train(SimpleNamespace(model=self.model))
+            options = dict(config.get('default_hooks', {}).get('compile', {}))
+            options.pop('type', None)
+            self.compile_hook = CompileHook(**options)
+            self.compile_hook.before_train(SimpleNamespace(model=self.model))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -292,6 +296,8 @@ class Training:
 
     def step(self) -> None:
         """One iteration."""
+        if self.compile_hook is not None:
+            self.compile_hook.before_train_iter()
         self.model.train_step(self.batch, self.optim_wrapper)
 
     def losses(self) -> None:

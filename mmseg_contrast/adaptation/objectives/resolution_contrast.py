@@ -201,11 +201,11 @@ class ResolutionContrast(nn.Module):
         elif view.weights is not None:
             labels = labels.where(view.weights > 0, -1)
 
-        def nearest(maps: Tensor) -> Tensor:
-            return labels_at(maps, size, 'nearest', self.num_classes)
+        def at_centres(maps: Tensor) -> Tensor:
+            return labels_at(maps, size, 'centre', self.num_classes)
 
-        return nearest(labels), (
-            None if view.weights is None else nearest(view.weights))
+        return at_centres(labels), (
+            None if view.weights is None else at_centres(view.weights))
 
     def _zero(self, features: Tensor) -> Tensor:
         """A loss of 0 that reaches every parameter of this part."""

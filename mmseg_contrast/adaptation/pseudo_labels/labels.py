@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import logit_probabilities
+from ...ops import full_precision, logit_probabilities
 from ...ops.labels import IGNORE
 from ..view import View
 
@@ -91,11 +91,13 @@ class Predictor:
                 'model.segmentor.decode_head gives no map of logits, which a '
                 'policy in model.pseudo_labels asks for: let it read the '
                 'probabilities of a teacher.')
-        logits = logits.detach()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = full_precision(logits.detach())
+        size = step.view(self.view).images.shape[-2:]
+        # HRDA pads images in evaluation: its logits are of all that it saw.
+        padded = getattr(seen.features, 'padded', size)
         return F.interpolate(
-            logits, step.view(self.view).images.shape[-2:], mode='bilinear',
-            align_corners=self.align_corners)
+            logits, padded, mode='bilinear',
+            align_corners=self.align_corners)[..., :size[0], :size[1]]
 
 
 def known_teacher(teacher: str) -> str | None:

@@ -134,6 +134,15 @@ class CompileHook(Hook):
             module.compile(**self.options)
             self._compiled.append((module, module._compiled_call_impl))
 
+    def before_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        """Let CUDA graphs (mode='reduce-overhead') keep an iteration's outputs.
+
+        Otherwise a network's next call would free those of its last one
+        unless a backward is still to come: the teacher's pass those of a
+        student that has been backpropagated.
+        """
+        torch.compiler.cudagraph_mark_step_begin()
+
     def before_val(self, runner: Runner) -> None:
         """Run the networks uncompiled.
 
