@@ -397,8 +397,9 @@ def test_a_first_step_of_fused_sgd_that_is_left_out_leaves_no_momentum(
     for mine, theirs in zip(found[:3], found[3:], strict=True):
         torch.testing.assert_close(mine, theirs)
     assert not torch.equal(found[0], found[1])
-    _, wrapper = built(fused=True, optimizer=dict(
-        type='SGD', lr=0.1, momentum=0.9))
+    wrapper = build_optim_wrapper(Model(), dict(
+        config(fused=True), optimizer=dict(
+            type='SGD', lr=0.1, momentum=0.9)))
     assert len(wrapper.optimizer.state) == 11
     # With dampening the first momentum isn't that of the equation.
     assert not use_fused('auto', dict(type='SGD', lr=1., dampening=0.1),

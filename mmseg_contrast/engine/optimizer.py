@@ -43,8 +43,8 @@ class UDAOptimWrapperConstructor:
             ``'DefaultOptimWrapperConstructor'``. ``fused`` says whether the
             optimizer updates all tensors in one kernel: True, False, or
             'auto', which does so where it can, if all that is trained is on
-            GPUs. A resumed run does as its own config says. An ``optimizer`` that says ``fused`` or ``foreach`` itself
-            is left alone.
+            GPUs. A resumed run does as its own config says. An ``optimizer``
+            that says ``fused`` or ``foreach`` itself is left alone.
         paramwise_cfg (dict, optional): Passed to the stock constructor.
 
     Raises:

@@ -135,11 +135,11 @@ class CompileHook(Hook):
             self._compiled.append((module, module._compiled_call_impl))
 
     def before_train_iter(self, *args: Any, **kwargs: Any) -> None:
-        """Let CUDA graphs (mode='reduce-overhead') keep an iteration's outputs.
+        """Let CUDA graphs keep outputs until the next iteration.
 
-        Otherwise a network's next call would free those of its last one
-        unless a backward is still to come: the teacher's pass those of a
-        student that has been backpropagated.
+        With mode='reduce-overhead' a network's call would free those of its
+        last one otherwise, unless a backward is still to come: the teacher's
+        pass those of a student that has been backpropagated.
         """
         torch.compiler.cudagraph_mark_step_begin()
 
