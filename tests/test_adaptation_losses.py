@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.losses.kldiv_loss import KLDivLoss
 from mmseg.registry import MODELS
 
@@ -80,6 +81,21 @@ def test_what_cross_entropy_divides_by(class_weight, avg_non_ignore,
     nothing = weighted_loss(
         of_mmseg, logits, torch.full_like(labels, 255), weights)
     assert nothing == 0
+
+
+def test_a_loss_is_tried_where_its_tensors_are(monkeypatch):
+    class Shifted(CrossEntropyLoss):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('shift', torch.zeros(1, 3, 1, 1))
+
+        def forward(self, logits, *args, **kwargs):
+            return super().forward(logits + self.shift, *args, **kwargs)
+
+    # A model is built on the host, also where there is a GPU.
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert check_loss(Shifted(), 3, 'here')
+    assert not check_loss(loss(type='OhemCrossEntropy'), 3, 'here')
 
 
 def test_a_loss_that_can_do_neither_is_refused_by_key():

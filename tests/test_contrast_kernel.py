@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mmseg_contrast import ops
 from mmseg_contrast.ops import contrast_keys
+from mmseg_contrast.ops.chunked_loss import anchors_at_once
 
 ABSENT = -math.inf
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -763,3 +764,12 @@ def test_nothing_asks_for_a_value(monkeypatch):
             anchor_weights=a, key_weights=b.flatten(), chunk_size=4)
     loss.backward()
     assert anchors.grad.shape == (11, 5) and keys.grad.shape == (4, 3, 5)
+
+
+def test_chunks_are_larger_on_a_gpu():
+    elements, columns = 2**21, 1000
+    on_cpu, on_gpu = (anchors_at_once(
+        None, elements, columns, torch.device(kind))
+        for kind in ('cpu', 'cuda'))
+    assert (on_cpu, on_gpu) == (2097, 8388)
+    assert anchors_at_once(5, elements, columns, torch.device('cuda')) == 5

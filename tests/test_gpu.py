@@ -25,7 +25,7 @@ def trained(name, device, amp=None, steps=3):
     logged = []
     for i in range(steps):
         data = batch((64, 64), num_classes=19, seed=i)
-        # The first step makes buffers; a scaler looks at its inf check.
+        # The first step makes buffers; a scaler looks at its flag.
         quiet = device == 'cuda' and i > 0 and amp != 'float16'
         if quiet:
             torch.cuda.set_sync_debug_mode('error')

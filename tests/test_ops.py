@@ -166,6 +166,20 @@ def test_forked_rng_leaves_the_default_generator_alone():
         assert torch.equal(torch.rand(3), first)
 
 
+def test_what_is_large_is_pinned_before_it_is_sent(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.Tensor, 'is_pinned', lambda self: False)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: steps.append(
+        'pinned') or self)
+    monkeypatch.setattr(
+        torch.Tensor, 'to', lambda self, device, non_blocking: steps.append(
+            (device.type, non_blocking)) or self)
+    large, small = torch.zeros(2**14 + 1), torch.zeros(2**14)
+    for values, device in ((large, 'cuda'), (small, 'cuda'), (large, 'cpu')):
+        assert ops.send(values, device) is values
+    assert steps == ['pinned', ('cuda', True), ('cuda', True), ('cpu', True)]
+
+
 def test_seeds_look_independent():
     seeds = [ops.position_seed(0, 0, i, 'x') for i in range(2000)]
     bits = np.array([[s >> b & 1 for b in range(63)] for s in seeds])

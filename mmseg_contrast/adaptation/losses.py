@@ -53,9 +53,12 @@ def _average_factor(loss: nn.Module, labels: Tensor, ignore_index: int
     return dict(avg_factor=valid.sum()) if loss.avg_non_ignore else {}
 
 
-def _where_tried() -> torch.device:
-    """Some stock losses work on a GPU alone."""
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+def _where_tried(loss: nn.Module) -> list[torch.device]:
+    """Where a loss has its tensors; some stock ones work on a GPU alone."""
+    own = next((one.device for one in (*loss.parameters(), *loss.buffers())),
+               torch.device('cpu'))
+    return [own, *([torch.device('cuda')] if torch.cuda.is_available()
+                   and own.type != 'cuda' else [])]
 
 
 def takes_pixel_weights(loss: nn.Module, channels: int,
@@ -67,25 +70,26 @@ def takes_pixel_weights(loss: nn.Module, channels: int,
         channels (int): Channels of the logits it gets.
         ignore_index (int): Label that is ignored.
     """
-    gen, device = torch.Generator().manual_seed(0), _where_tried()
-    logits = torch.randn(2, channels, 4, 4, generator=gen).to(device)
-    labels = torch.randint(
-        0, max(channels, 2), (2, 4, 4), generator=gen).to(device)
-    weights = torch.rand(2, 4, 4, generator=gen).to(device)
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, channels, 4, 4, generator=gen)
+    labels = torch.randint(0, max(channels, 2), (2, 4, 4), generator=gen)
+    weights = torch.rand(2, 4, 4, generator=gen)
     keywords = _keywords(loss, ignore_index)
 
-    def value(weight: Tensor) -> Tensor:
-        return loss(logits, labels, weight=weight, **keywords)
+    def value(weight: Tensor, device: torch.device) -> Tensor:
+        return loss(logits.to(device), labels.to(device),
+                    weight=weight.to(device), **keywords)
 
-    try:
-        one, two = value(weights), value(2 * weights)
-        zero = value(torch.zeros_like(weights))
-        flat = value(torch.ones_like(weights))
-    except Exception:
-        # Any failure means the same: this loss can't be given a weight map.
-        return False
-    return bool(one.dim() == 0 and zero == 0 and torch.isfinite(one)
-                and torch.isclose(two, 2 * one) and flat != one)
+    for device in _where_tried(loss):
+        try:
+            one, two, zero, flat = (value(weight, device) for weight in (
+                weights, 2 * weights, 0 * weights, torch.ones_like(weights)))
+        except Exception:
+            # Any failure means the same: it can't be given a weight map here.
+            continue
+        return bool(one.dim() == 0 and zero == 0 and torch.isfinite(one)
+                    and torch.isclose(two, 2 * one) and flat != one)
+    return False
 
 
 def check_loss(loss: nn.Module, channels: int, where: str,
@@ -107,20 +111,22 @@ def check_loss(loss: nn.Module, channels: int, where: str,
     """
     if takes_pixel_weights(loss, channels, ignore_index):
         return True
-    device = _where_tried()
-    logits = torch.zeros(2, channels, 4, 4, device=device)
-    labels = torch.zeros(2, 4, 4, dtype=torch.long, device=device)
-    try:
-        # Some pixels ignored, then one image of two, then all.
-        for ignored in (labels[:, :2], labels[0], labels):
-            ignored.fill_(ignore_index)
-            loss(logits, labels, **_keywords(loss, ignore_index))
-    except Exception as error:
-        raise ValueError(
-            f'{where} = {type(loss).__name__} can be given neither pixel '
-            f'weights nor images without labels ({error}); use a loss that '
-            'can, such as CrossEntropyLoss.') from None
-    return False
+    errors = []
+    for device in _where_tried(loss):
+        logits = torch.zeros(2, channels, 4, 4, device=device)
+        labels = torch.zeros(2, 4, 4, dtype=torch.long, device=device)
+        try:
+            # Some pixels ignored, then one image of two, then all.
+            for ignored in (labels[:, :2], labels[0], labels):
+                ignored.fill_(ignore_index)
+                loss(logits, labels, **_keywords(loss, ignore_index))
+            return False
+        except Exception as error:
+            errors.append(error)
+    raise ValueError(
+        f'{where} = {type(loss).__name__} can be given neither pixel weights '
+        f'nor images without labels ({errors[0]}); use a loss that can, such '
+        'as CrossEntropyLoss.')
 
 
 def _guarded(loss: nn.Module, logits: Tensor, labels: Tensor,

@@ -6,7 +6,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import hardest_negatives, mixed_energies
+from ..ops import hardest_negatives, mixed_energies, send
 from ..ops.pair_relation import PairRule
 
 
@@ -66,9 +66,9 @@ class HardNegativeMixing(nn.Module):
             Tensor: Uniform numbers in [0, 1), see
             :func:`mmseg_contrast.ops.mixed_energies`.
         """
-        return torch.rand(
+        return send(torch.rand(
             number, 3 * self.mixes + 2 * self.query_mixes,
-            generator=generator).to(device, non_blocking=True)
+            generator=generator), device)
 
     def forward(self, anchors: Tensor, keys: Tensor, relation: PairRule,
                 tau: float, draws: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from ..ops import (
     known_labels,
     own_probability,
     pixel_entropy,
+    send,
 )
 
 
@@ -55,8 +56,8 @@ class Sampler(nn.Module):
         Returns:
             Tensor: float32, ``(B * h * w,)``, on the labels' device.
         """
-        return torch.rand(labels.numel(), generator=generator).to(
-            labels.device, non_blocking=True)
+        return send(torch.rand(labels.numel(), generator=generator),
+                    labels.device)
 
     def forward(self,
                 labels: Tensor,

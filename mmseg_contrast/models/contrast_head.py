@@ -20,6 +20,7 @@ from ..ops import (
     contrast_regularizer,
     generator_at,
     labels_at,
+    send,
     unit,
 )
 from .clock import Clock
@@ -357,9 +358,8 @@ class ContrastHead(BaseModule):
         """
         labels = pixels.labels.flatten()
         batch = len(pixels.labels)
-        scores = None if not self.bank.draws else torch.rand(
-            len(labels), generator=generator).to(
-                labels.device, non_blocking=True)
+        scores = None if not self.bank.draws else send(
+            torch.rand(len(labels), generator=generator), labels.device)
         images = torch.arange(batch, device=labels.device).repeat_interleave(
             len(labels) // batch)
         self.bank.update(_rows(pixels.embeddings).detach(), labels, scores,

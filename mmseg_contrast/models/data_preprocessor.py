@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseDataPreprocessor
-from mmengine.structures import PixelData
+from mmengine.structures import BaseDataElement, PixelData
 from mmseg.registry import MODELS
 from torch import nn
+
+from ..ops import send
 
 #: Of a preprocessor: swaps blue and red. onedl's name, and mmseg 1.2's.
 _SWAPS = ('_channel_conversion', 'channel_conversion')
@@ -58,7 +60,7 @@ class DomainDataPreprocessor(BaseDataPreprocessor):
     def _stream(self, images: list, samples: list, training: bool) -> dict:
         sizes = [tuple(image.shape[-2:]) for image in images]
         images, samples = (
-            [one.to(self.device, non_blocking=True) for one in some]
+            [_sent(one, self.device) for one in some]
             for some in (images, samples))
         with _without_swap(self.base) as swap:
             if swap and len(images[0]) == 3:
@@ -83,6 +85,18 @@ class DomainDataPreprocessor(BaseDataPreprocessor):
             region = F.pad(region, (0, width - wide, 0, height - high))
             sample.set_data(dict(valid_region=PixelData(data=region)))
         return done
+
+
+def _sent(value: Any, device: torch.device) -> Any:
+    """A tensor, or all tensors of a sample, on the device."""
+    if isinstance(value, torch.Tensor):
+        return send(value, device)
+    if not isinstance(value, BaseDataElement):
+        return value
+    moved = value.new()
+    for key, one in value.items():
+        moved.set_data({key: _sent(one, device)})
+    return moved
 
 
 @contextmanager

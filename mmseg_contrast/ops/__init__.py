@@ -103,6 +103,7 @@ from .sampling import (
     unreliable_class_members,
 )
 from .sliding import slide_windows
+from .transfer import send
 from .transport import class_sinkhorn
 from .unit import unit
 from .unsure_box import unsure_box
@@ -132,7 +133,7 @@ __all__ = [
     'put_on_canvas', 'queue_negatives', 'rank_in_groups', 'reco_loss',
     'rectified', 'reference_blur_radius', 'resolution_contrast', 'same_label',
     'same_label_across_images', 'same_pair', 'same_top_features',
-    'sampled_contrast_loss', 'scale_box', 'similar_class_negatives',
+    'sampled_contrast_loss', 'scale_box', 'send', 'similar_class_negatives',
     'slide_boxes', 'slide_windows', 'split_weights', 'symmetric_cross_entropy',
     'teacher_topk', 'temperature_scale', 'top_scored', 'top_scored_members',
     'u2pl_loss', 'uniform_divergence', 'unit', 'unreliable_class_members',

@@ -41,8 +41,13 @@ def gradients_of(total: Tensor, leaves: list[Tensor | None]
     return [None if one is None else next(grads) for one in leaves]
 
 
-def anchors_at_once(chunk_size: int | None, elements: int, columns: int
-                    ) -> int:
+#: How many times as large chunks are on a GPU: launching their operations
+#: takes longer than small ones do, and no cache holds them anyway.
+GPU_TIMES = 4
+
+
+def anchors_at_once(chunk_size: int | None, elements: int, columns: int,
+                    device: torch.device | None = None) -> int:
     """Anchors of a chunk.
 
     Args:
@@ -50,11 +55,15 @@ def anchors_at_once(chunk_size: int | None, elements: int, columns: int
             as many as ``elements`` numbers are for.
         elements (int): Numbers that may exist at a time.
         columns (int): Numbers that there are for each anchor.
+        device (torch.device, optional): Where; on a GPU ``elements`` is times
+            4.
 
     Raises:
         ValueError: If ``chunk_size`` is below 1.
     """
     if chunk_size is None:
+        if device is not None and device.type == 'cuda':
+            elements *= GPU_TIMES
         return max(1, elements // max(1, columns))
     if chunk_size < 1:
         raise ValueError(f'chunk_size = {chunk_size} must be at least 1')

@@ -240,7 +240,7 @@ def pair_contrast_loss(anchors: Tensor,
             return total, counted.sum(), []
         return total.detach(), counted.sum(), gradients_of(total, leaves)
 
-    step = anchors_at_once(chunk_size, elements, len(keys))
+    step = anchors_at_once(chunk_size, elements, len(keys), device)
     return chunked_loss(_each_with_all(form, step), anchors, keys, tau,
                         base_tau, anchor_weights, key_weights, extra)
 

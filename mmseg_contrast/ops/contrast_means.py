@@ -60,7 +60,8 @@ def mean_energy_walk(anchors: Tensor, labels: Tensor, keys: Tensor,
     # the keys of each block with their gradients.
     chunk_size = anchors_at_once(
         chunk_size, MEAN_FORM_ELEMENTS,
-        10 * length + 3 * width + 2 * length * width // size)
+        10 * length + 3 * width + 2 * length * width // size,
+        anchors.device)
     size = min(size, chunk_size)
     step = chunk_size // size
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...contrast import BatchBank
 from ...models import Pixels
+from ...ops import send
 from ..students import contrast_heads
 
 if TYPE_CHECKING:
@@ -249,8 +250,7 @@ class Contrast(nn.Module):
 def _shuffled(labels: Tensor, generator: torch.Generator) -> Tensor:
     """The same labels at other places."""
     order = torch.randperm(labels.numel(), generator=generator)
-    return labels.flatten()[order.to(labels.device, non_blocking=True)
-                            ].view_as(labels)
+    return labels.flatten()[send(order, labels.device)].view_as(labels)
 
 
 def _together(sets: Mapping[str, Pixels], views: Sequence[str]) -> Pixels:
