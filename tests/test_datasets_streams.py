@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter
 
 import numpy as np
@@ -151,11 +150,9 @@ def test_sampler_positions(monkeypatch):
     sampler.skip(4)  # absolute: twice is once
     head = iter(sampler)
     assert [next(head) for _ in range(3)] == [13, 16, 19]
-    # far positions cost nothing
-    start = time.perf_counter()
-    sampler.skip(10**12)
-    assert next(iter(sampler)) == 3 * 10**12 + 1
-    assert time.perf_counter() - start < 0.1
+    # Nothing is walked through: these would not end.
+    sampler.skip(10**15)
+    assert next(iter(sampler)) == 3 * 10**15 + 1
     with pytest.raises(ValueError, match='num_samples'):
         sampler.skip(-1)
 
@@ -314,9 +311,16 @@ def test_length_is_that_of_the_first_stream():
         target=dict(labelled=False,
                     dataset=streets('target', 3)))
     assert len(dataset) == 24
-    start = time.perf_counter()
-    iter(PositionSampler(dataset, seed=0))
-    assert time.perf_counter() - start < 0.01
+
+
+def test_a_sampler_makes_no_list_of_positions():
+    class Long:
+        def __len__(self):
+            return 10**15
+
+    sampler = PositionSampler(Long(), seed=0)
+    positions = iter(sampler)
+    assert [next(positions) for _ in range(3)] == [0, 1, 2]
 
 
 def test_rejected_images_are_replaced(tmp_path):
@@ -342,7 +346,5 @@ def test_rejected_images_are_replaced(tmp_path):
         assert int(path[-7:-4]) % 2
     dataset = build(source=dict(
         dataset=folder(root, [*pipe[:2], Nothing(), pipe[2]])))
-    start = time.perf_counter()
     with pytest.raises(ValueError, match='rejected 10 images in a row.*png'):
         dataset[0]
-    assert time.perf_counter() - start < 2
