@@ -4,6 +4,7 @@ import copy
 
 import mmengine.config.config
 import torch
+from mmengine.optim import OptimWrapper
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -158,3 +159,19 @@ def run(model, data):
 def total(losses):
     """What mmengine would minimise."""
     return sum(v for k, v in losses.items() if 'loss' in k)
+
+
+class ScaledWrapper(OptimWrapper):
+    """AmpOptimWrapper as it is, which asks for a GPU."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=4.)
+
+    def backward(self, loss, **options):
+        self.loss_scaler.scale(loss).backward(**options)
+        self._inner_count += 1
+
+    def step(self, **options):
+        self.loss_scaler.step(self.optimizer, **options)
+        self.loss_scaler.update()

@@ -7,7 +7,15 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from helpers import batch, build, dacs_parts, double, run, tiny_student
+from helpers import (
+    ScaledWrapper,
+    batch,
+    build,
+    dacs_parts,
+    double,
+    run,
+    tiny_student,
+)
 from mmseg_contrast.adaptation import backward, graph
 from mmseg_contrast.adaptation import segmentor as segmentor_module
 
@@ -56,11 +64,12 @@ def make(mode, **changes):
                  **parts_with_mask(**changes)).double()
 
 
-def train(mode, steps=5, lr=0.1, **options):
+def train(mode, steps=5, lr=0.1, kind=OptimWrapper, **options):
     """Weights, teachers and logs after some steps, in float64."""
     model = make(mode)
-    optim_wrapper = OptimWrapper(
-        torch.optim.SGD(model.segmentor.parameters(), lr, momentum=0.9),
+    optim_wrapper = kind(
+        optimizer=torch.optim.SGD(
+            model.segmentor.parameters(), lr, momentum=0.9),
         **copy.deepcopy(options))
     optim_wrapper.initialize_count_status(model, 0, steps)
     logs = [model.train_step(double(batch(seed=i)), optim_wrapper)
@@ -70,8 +79,9 @@ def train(mode, steps=5, lr=0.1, **options):
 
 @pytest.mark.parametrize('options', [
     {}, dict(accumulative_counts=2),
-    dict(accumulative_counts=3, clip_grad=dict(max_norm=0.1))],
-    ids=['plain', 'accumulated', 'clipped'])
+    dict(accumulative_counts=3, clip_grad=dict(max_norm=0.1)),
+    dict(accumulative_counts=2, kind=ScaledWrapper)],
+    ids=['plain', 'accumulated', 'clipped', 'scaled'])
 def test_the_same_training(options):
     (one, logs, first), (two, others, second) = (
         train(mode, **options) for mode in backward.MODES)
@@ -136,6 +146,19 @@ def test_less_is_kept_at_a_time():
         most[mode] = kept.most
     # Two equal passes, one after the other.
     assert 0.45 < most['sequential'] / most['sum'] < 0.6
+
+
+@pytest.mark.parametrize('counts, times', [(1, 5), (2, 3)])
+def test_ranks_meet_once_in_an_update(monkeypatch, counts, times):
+    sent = []
+    monkeypatch.setattr(
+        backward, 'all_reduce_params', lambda grads, **options: sent.append(
+            sum(grad.numel() for grad in grads)))
+    model, _, _ = train('sequential', accumulative_counts=counts)
+    assert len(model.groups) == 2
+    # The last of five iterations is an update in any case.
+    assert sent == times * [sum(
+        one.numel() for one in model.segmentor.parameters())]
 
 
 def test_states_move_after_all_losses(monkeypatch):

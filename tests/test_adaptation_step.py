@@ -229,6 +229,29 @@ def test_sync_norms_that_runner_replaces_are_found():
                for norm in norms)
 
 
+@pytest.mark.parametrize('batch_norm', ['batch', 'ema'])
+def test_sync_bn_of_the_runner_keeps_all_modes(batch_norm):
+    """``sync_bn = 'torch'``: mmengine's new norms are in training mode."""
+    from mmengine.model import convert_sync_batchnorm
+    parts = dacs_parts(teachers=dict(
+        ema=dict(type='EMATeacher', batch_norm=batch_norm)))
+    plain = build(**parts)
+    modes = {name: part.training for name, part in plain.named_modules()}
+    # As Runner does it: the model is built, converted, and then trained.
+    model = convert_sync_batchnorm(MODELS.build(dict(
+        type='UDASegmentor', segmentor=tiny_student(), **parts)), 'torch')
+    model.train()
+    assert {name: part.training
+            for name, part in model.named_modules()} == modes
+    norms = [part for part in model.segmentor.modules()
+             if isinstance(part, nn.SyncBatchNorm)]
+    assert len(norms) == 3
+    with model.adapter.batch_norm(False):  # these are the ones that are held
+        assert not any(norm.track_running_stats for norm in norms)
+    assert all(norm.track_running_stats for norm in norms)
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
 def test_norms_that_the_student_freezes_stay_frozen_in_the_teacher():
     @MODELS.register_module(force=True)
     class FrozenNorms(TinyBackbone):

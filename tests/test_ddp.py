@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsdp_run
 import pytest
 import torch
 from mmengine.registry import MODEL_WRAPPERS
@@ -105,7 +106,7 @@ def test_every_shipped_config_on_two_ranks(tmp_path):
 
 
 class Sharding(nn.Module):
-    """As FSDP and DeepSpeed, which exist on GPUs alone."""
+    """As DeepSpeed's, which is not installed."""
 
     def __init__(self, module):
         super().__init__()
@@ -117,6 +118,13 @@ class Replicas(Sharding, DistributedDataParallel):
     def __init__(self, module):
         nn.Module.__init__(self)
         self.module = module
+
+
+def test_mmengines_fsdp_is_refused_before_the_first_iteration(tmp_path):
+    on_ranks(fsdp_run.train, tmp_path, ranks=1)
+    said = (tmp_path / 'said.txt').read_text()
+    assert said.startswith(
+        'UDASegmentor does not train in MMFullyShardedDataParallel')
 
 
 def test_wrappers_that_shard_are_refused(monkeypatch):

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS
 
 from datasets_common import streets
-from helpers import batch, build, dacs_parts, tiny_student
+from helpers import ScaledWrapper, batch, build, dacs_parts, tiny_student
 from mmseg_contrast.engine import finite
 from mmseg_contrast.engine.finite import NonFiniteError
 from mmseg_contrast.engine.hooks import NaNGuardHook, nan_guard
@@ -28,22 +28,6 @@ from processes import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 NAN, INF = float('nan'), float('inf')
-
-
-class ScaledWrapper(OptimWrapper):
-    """AmpOptimWrapper as it is, which asks for a GPU."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=4.)
-
-    def backward(self, loss, **options):
-        self.loss_scaler.scale(loss).backward(**options)
-        self._inner_count += 1
-
-    def step(self, **options):
-        self.loss_scaler.step(self.optimizer, **options)
-        self.loss_scaler.update()
 
 
 def wrapper_of(model, way=HOST, **options):

@@ -11,26 +11,27 @@ from mmseg_contrast.ops import fusion
 from mmseg_contrast.ops.fusion import add_windows
 
 
-def step(name, autocast, steps=2):
+def step(name, autocast, steps=2, dtype=torch.bfloat16):
     """Losses, gradients and the model of some steps without an update."""
     _, model = tiny_model(name, dropout=False)
     model.keep_step = True
     for i in range(steps):
         data = model.data_preprocessor(
             batch((64, 64), num_classes=19, seed=i), True)
-        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        with torch.autocast('cpu', dtype, enabled=autocast):
             losses = model(**data, mode='loss')
     sum(value for key, value in losses.items() if 'loss' in key).backward()
     return losses, model
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('name', METHODS)
-def test_what_needs_precision_keeps_it_in_every_method(name):
+def test_what_needs_precision_keeps_it_in_every_method(name, dtype):
     plain, exact = step(name, False)
-    losses, model = step(name, True)
+    losses, model = step(name, True, dtype=dtype)
     state = model.last_step
     # Autocast was there.
-    assert any(one.features[0].dtype == torch.bfloat16
+    assert any(one.features[0].dtype == dtype
                for one in state.students.values())
     for key, value in losses.items():
         assert value.dtype == torch.float32, key
