@@ -53,12 +53,15 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
     on_ranks(ddp_common.train_all, tmp_path)
     two, other = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True)
                   for rank in range(2))
-    monkeypatch.setattr(ddp_common.ClassMix, 'choose', None)
-    monkeypatch.setattr(ddp_common.StrongAugment, 'draw', None)
-    for bank, mode in ddp_common.CASES:
-        case = f'{bank}.{mode}'
-        one = ddp_common.train(bank, mode)
-        fresh = ddp_common.make(bank, mode).state_dict()
+    for part, draw in ((ddp_common.ClassMix, 'choose'),
+                       (ddp_common.StrongAugment, 'draw'),
+                       (ddp_common.BlockMask, 'draw'),
+                       (ddp_common.HRDASegmentor, 'draw_box')):
+        monkeypatch.setattr(part, draw, None)
+    for method, mode in ddp_common.CASES:
+        case = f'{method}.{mode}'
+        one = ddp_common.train(method, mode)
+        fresh = ddp_common.make(method, mode).state_dict()
         assert set(two[case]) == set(one)
         for key, value in two[case].items():
             assert torch.equal(value, other[case][key]), (case, key)
@@ -66,7 +69,7 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
                 value, one[key], rtol=1e-8, atol=1e-10, msg=f'{case} {key}')
         assert any(not torch.equal(fresh[key], value)
                    for key, value in one.items() if 'backbone' in key)
-        if bank is not None:
+        if method in ddp_common.BANKS:
             assert one['auxiliary_head.bank.count'].sum() > 0
 
 
