@@ -24,6 +24,7 @@ try:
         step,
         timing,
         training,
+        update,
     )
 finally:
     sys.path[:] = _before
@@ -31,7 +32,7 @@ finally:
 __all__ = [
     'arguments', 'backbone', 'benchmark', 'call', 'class_statistics',
     'columns', 'contrast', 'contrast_step', 'cut', 'kernel', 'loader',
-    'memory', 'pieces', 'step', 'timing', 'training'
+    'memory', 'pieces', 'step', 'timing', 'training', 'update'
 ]
 
 

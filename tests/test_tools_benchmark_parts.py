@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark_tool import backbone, call, columns, loader, memory
+from benchmark_tool import (
+    backbone,
+    call,
+    columns,
+    loader,
+    memory,
+    update,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = backbone.ImageSizes(samples=2, height=64, width=96)
@@ -113,3 +120,28 @@ def test_samples_per_second(monkeypatch, tmp_path, capsys):
 def test_what_cannot_be_measured_is_refused(monkeypatch, options, words):
     with pytest.raises(SystemExit, match=words):
         call(monkeypatch, 'loader', *options)
+
+
+def test_all_forms_of_an_update_are_the_same_update(
+        monkeypatch, tmp_path, capsys):
+    config = ROOT / 'configs' / 'quickstart' / 'uda.py'
+    file = tmp_path / 'update.json'
+    call(monkeypatch, 'update', '--config', config, '--turns', '2',
+         '--json', file)
+    result = json.loads(file.read_text())
+    rows = {row['form']: row for row in result['rows']}
+    assert list(rows) == [
+        'tensor by tensor', 'foreach', 'a group for each tensor',
+        'groups merged', 'groups merged, fused']
+    # The stock constructor has a group for each tensor it was told about.
+    assert rows['a group for each tensor']['groups'] == result['tensors']
+    assert rows['groups merged']['groups'] == 3
+    assert rows['foreach']['what'] == "teacher's average"
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| student's AdamW") for line in lines) == 3
+    teacher, student = ([torch.full((3, ), value)] for value in (1., 3.))
+    other = [teacher[0].clone()]
+    update.one_by_one(teacher, student)
+    update.ema_update(other, student, update.ALPHA)
+    torch.testing.assert_close(teacher, other)
+    assert teacher[0][0] == pytest.approx(1.002)

@@ -5,6 +5,7 @@
     python tools/benchmark.py contrast --sizes anchors=256 length=500
     python tools/benchmark.py contrast-step --methods sepico-dist spcl
     python tools/benchmark.py step --config configs/daformer/... --turns 5
+    python tools/benchmark.py update --config configs/daformer/...
     python tools/benchmark.py backbone --nets b5 --threads 1
     python tools/benchmark.py loader --config configs/daformer/...
 
@@ -35,6 +36,7 @@ from benchmarks import (  # noqa: E402
     contrast_step,
     loader,
     step,
+    update,
 )
 from benchmarks.arguments import check_common  # noqa: E402
 
@@ -54,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
-    for module in (contrast, contrast_step, step, backbone, loader):
+    for module in (contrast, contrast_step, step, update, backbone, loader):
         module.add_command(commands)
     peak = commands.add_parser('peak', help='used by the others')
     peak.set_defaults(run=run_peak)
