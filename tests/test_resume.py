@@ -222,6 +222,24 @@ def test_other_errors_of_a_loader_are_left_alone():
         next(one)
 
 
+def test_resume_after_too_little_memory_is_exact(whole, tmp_path):
+    """In the middle of an iteration: the student has seen the source."""
+    def exhaust(runner):
+        def fail(*_):
+            raise torch.cuda.OutOfMemoryError('CUDA out of memory.')
+
+        runner.model.segmentor.decode_head.register_forward_hook(fail)
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train(tmp_path, iterations=8, interval=4, at=5, act=exhaust, **SEED)
+    assert damage(tmp_path / 'iter_4.pth') is None
+    losses, runner = train(tmp_path, iterations=8, interval=4, resume=True)
+    assert_as_if_nothing_happened(
+        whole, losses, tmp_path / 'iter_8.pth', first=5)
+    first = min(tmp_path.glob('*/*.log'))
+    assert 'Out of memory on the CPU in iteration 6. ' in first.read_text()
+
+
 def test_a_file_that_disappears_is_named_and_the_run_resumed(tmp_path):
     write_folder(tmp_path / 'data', count=3, size=(32, 48))
     moved = tmp_path / 'moved'
