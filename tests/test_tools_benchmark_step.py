@@ -231,8 +231,16 @@ def test_the_networks_are_compiled_on_demand(path, monkeypatch):
     monkeypatch.setattr(
         trainings.CompileHook, 'before_train',
         lambda hook, runner: found.append(runner.model))
-    one = trained(path, compiled=True)
+    begun = []
+    monkeypatch.setattr(trainings.torch.compiler, 'cudagraph_mark_step_begin',
+                        lambda: begun.append(1))
+    one = trained(path, compiled=True,
+                  options={'default_hooks.compile.mode': 'reduce-overhead'})
     assert found == [one.model]
+    assert one.compile_hook.options['mode'] == 'reduce-overhead'
+    with one.running():
+        one.step()
+    assert len(begun) == 1
     trained(path)
     assert len(found) == 1
 
