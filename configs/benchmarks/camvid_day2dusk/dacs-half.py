@@ -1,31 +1,15 @@
 # A control of HRDA: DACS on what HRDA's context sees, crops and images of half
 # the side.
 _base_ = './dacs.py'
-half = dict(
-    type='RandomResize', scale=(240, 180), ratio_range=(0.75, 1.5),
-    keep_ratio=True)
+source = _base_.pair_source_pipeline
+source[2].scale, source[3].crop_size = (240, 180), (128, 128)
+target = _base_.pair_target_pipeline
+target[1].scale, target[2].crop_size = (240, 180), (128, 128)
 train_dataloader = dict(
     dataset=dict(
         streams=dict(
-            source=dict(
-                dataset=dict(pipeline=[
-                    dict(type='LoadImageFromFile'),
-                    dict(type='LoadAnnotations'),
-                    half,
-                    dict(type='RandomCrop', crop_size=(128, 128),
-                         cat_max_ratio=0.75),
-                    dict(type='RandomFlip', prob=0.5),
-                    dict(type='PhotoMetricDistortion'),
-                    dict(type='PackStreamInputs'),
-                ])),
-            target=dict(
-                dataset=dict(pipeline=[
-                    dict(type='LoadImageFromFile'),
-                    half,
-                    dict(type='RandomCrop', crop_size=(128, 128)),
-                    dict(type='RandomFlip', prob=0.5),
-                    dict(type='PackStreamInputs'),
-                ])))))
+            source=dict(dataset=dict(pipeline=source)),
+            target=dict(dataset=dict(pipeline=target)))))
 # Predictions come back at the size of the labels.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
