@@ -46,8 +46,8 @@ class Step:
 
     def teacher_pass(self, name, view):
         return SimpleNamespace(
-            features=[],
-            logits=self.logits, decoder_features=self.features)
+            logits=self.logits, features=[],
+            decoder_features=self.features)
 
     def log(self, key, value):
         self.logs[key] = value
