@@ -699,7 +699,8 @@ def plot_pair(methods: dict[str, dict[int, dict[str, Any]]], pair: str,
     bars.set_xticks(range(len(names)), names, rotation=30, ha='right')
     bars.set_ylabel('IoU, mean over seeds')
     bars.grid(axis='y', alpha=0.3)
-    bars.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+    bars.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1),
+                ncols=1 if len(bars.containers) < 17 else 2)
     figure.tight_layout()
     # no metadata: the same results give the same bytes everywhere
     figure.savefig(path, metadata={'Software': None})
