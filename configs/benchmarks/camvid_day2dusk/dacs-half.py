@@ -35,5 +35,5 @@ test_pipeline = [
 ]
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-model = dict(
-    segmentor=dict(data_preprocessor=dict(size=(128, 128))))
+data_preprocessor = dict(size=(128, 128))
+model = dict(segmentor=dict(data_preprocessor=data_preprocessor))
