@@ -18,6 +18,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from helpers import sample
+from methods import every
 from mmseg_contrast.adaptation import FeatureDistance
 from mmseg_contrast.models import ContrastHead
 
@@ -55,14 +56,6 @@ class Stages(nn.Module):
 
 def narrow(number):
     return number if number < 32 else max(number // 16, 4)
-
-
-def every(value):
-    if isinstance(value, dict):
-        yield value
-    if isinstance(value, (dict, list, tuple)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from every(one)
 
 
 def shrink(cfg):
