@@ -17,6 +17,7 @@ from helpers import (
     total,
 )
 from mmseg_contrast.adaptation import segmentor as segmentor_module
+from mmseg_contrast.models import data_preprocessor
 
 
 def gradients(model, data):
@@ -227,6 +228,16 @@ def test_sync_norms_that_runner_replaces_are_found():
     assert len(norms) == 3
     assert all(norm.training and type(norm) is not nn.SyncBatchNorm
                for norm in norms)
+
+
+def test_all_of_a_batch_is_sent_without_waiting(monkeypatch):
+    model = build()
+    sent = []
+    monkeypatch.setattr(data_preprocessor, 'send', lambda values, device: (
+        sent.append(tuple(values.shape)) or values))
+    model.data_preprocessor(batch(), True)
+    # Two images of each domain, and the labels of one.
+    assert sorted(sent) == [(1, 32, 32)] * 2 + [(3, 32, 32)] * 4
 
 
 @pytest.mark.parametrize('batch_norm', ['batch', 'ema'])

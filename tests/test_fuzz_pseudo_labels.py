@@ -46,7 +46,7 @@ class Step:
 
     def teacher_pass(self, name, view):
         return SimpleNamespace(
-            logits=self.logits, features=[],
+            logits=self.logits, image_logits=self.logits,
             decoder_features=self.features)
 
     def log(self, key, value):

@@ -611,7 +611,7 @@ def test_a_teachers_logits_show_the_image_without_its_padding():
     data = model.data_preprocessor(batch((64, 60)), True)
     images = {name: one[..., :60] for name, one in data['inputs'].items()}
     step = model._step(images, data['data_samples'])
-    logits = Predictor('ema', 'target', False).logits(step)
+    logits = Predictor('ema', 'target').logits(step)
     assert step.view('target').images.shape[-2:] == logits.shape[-2:] == (
         64, 60)
     torch.testing.assert_close(

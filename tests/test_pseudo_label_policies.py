@@ -63,7 +63,7 @@ class FakeStep:
         return self.logits.softmax(1)
 
     def teacher_pass(self, name, view):
-        return SimpleNamespace(logits=self.logits, features=[],
+        return SimpleNamespace(logits=self.logits, image_logits=self.logits,
                                decoder_features=self.features)
 
     def log(self, key, value):
@@ -545,7 +545,8 @@ def test_no_value_is_asked_for(monkeypatch):
         pseudo = policy.to('meta')(step, 'name')
         assert pseudo.weights.shape == (2, *SIZE)
     step.teacher_pass = lambda *_: SimpleNamespace(
-        logits=logits, features=[], decoder_features=features)
+        logits=logits, image_logits=logits,
+        decoder_features=features)
     state.update(step)
     ops.symmetric_cross_entropy(logits, extras['pseudo_label'])
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, options, words):
         call(monkeypatch, 'loader', *options)
 
 
-def test_all_forms_of_an_update_are_the_same_update(
+def test_all_forms_of_an_update_are_measured(
         monkeypatch, tmp_path, capsys):
     config = ROOT / 'configs' / 'quickstart' / 'uda.py'
     file = tmp_path / 'update.json'

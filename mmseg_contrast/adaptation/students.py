@@ -17,6 +17,7 @@ from ..models import (
     ContrastHead,
     ContrastLoss,
     HRDASegmentor,
+    MultiScale,
     windows_per_pass,
 )
 from ..models.classifier_input import Seen, classifier_input
@@ -321,6 +322,20 @@ class StudentOutput:
         """
         name, head = list(self._adapter.decode.items())[-1]
         return head.logits(self._head(name)[0])
+
+    @property
+    def image_logits(self) -> Tensor | None:
+        """The logits at the images' resolution, float32 or wider."""
+        logits = self.logits
+        if logits is None:
+            return None
+        height, width = size = self._view.images.shape[-2:]
+        if isinstance(self.features, MultiScale):
+            # HRDA pads images in evaluation, and its logits are of all that.
+            size = self.features.padded
+        return F.interpolate(
+            full_precision(logits), size, mode='bilinear',
+            align_corners=self.align_corners)[..., :height, :width]
 
     @property
     def logits_if_seen(self) -> Tensor | None:

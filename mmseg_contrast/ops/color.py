@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transfer import send
+
 #: The published runs had this eps: it takes 1e-6 off the saturation.
 EPS = 1e-6
 
@@ -103,7 +105,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
             if len(rows) == len(due):
                 images = operation(images, factors[:, number])
             elif len(rows):
-                there = rows.to(images.device, non_blocking=True)
+                there = send(rows, images.device)
                 images = images.index_copy(0, there, operation(
                     images.index_select(0, there),
                     factors[:, number].index_select(0, there)))

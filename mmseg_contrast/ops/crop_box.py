@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .balanced_crop import crop_windows
+from .transfer import send
 
 Box = tuple[int, int, int, int]
 
@@ -37,7 +38,7 @@ class BoxOfEach:
     def offsets(self) -> Tensor:
         """First row and first column of each image's box, int64 ``(N, 2)``."""
         known = torch.tensor([(top, left) for top, _, left, _ in self.boxes])
-        return known.to(self.index.device, non_blocking=True)[self.index]
+        return send(known, self.index.device)[self.index]
 
 
 #: The same box for all images, or one for each.

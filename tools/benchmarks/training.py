@@ -265,12 +265,13 @@ class Training:
             config.train_dataloader, self.sizes,
             setup.batch or config.train_dataloader.batch_size,
             self.model.num_classes)
+        self.runner = SimpleNamespace(model=self.model)  # what a hook needs
         self.compile_hook: CompileHook | None = None
         if setup.compiled:
             options = dict(config.get('default_hooks', {}).get('compile', {}))
             options.pop('type', None)
             self.compile_hook = CompileHook(**options)
-            self.compile_hook.before_train(SimpleNamespace(model=self.model))
+            self.compile_hook.before_train(self.runner)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -297,7 +298,7 @@ class Training:
     def step(self) -> None:
         """One iteration."""
         if self.compile_hook is not None:
-            self.compile_hook.before_train_iter()
+            self.compile_hook.before_train_iter(self.runner, 0)
         self.model.train_step(self.batch, self.optim_wrapper)
 
     def losses(self) -> None:

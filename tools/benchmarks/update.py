@@ -7,7 +7,6 @@ they cost beyond that is the number of operations they are split into.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from mmengine.config import ConfigDict, DictAction
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_contrast.ops import ema_update
@@ -26,7 +23,7 @@ from .arguments import add_common
 from .draws import generator
 from .report import circumstances, in_words, table, write_json
 from .timing import Spread, Timer, forbid_waiting, ratios
-from .training import RATE, Setup, without_files
+from .training import RATE, Setup, Training, optim_config
 
 #: Of the teacher.
 ALPHA = 0.999
@@ -48,17 +45,15 @@ def optimizers(model: nn.Module, options: ConfigDict
         model (nn.Module): With ``segmentor``.
         options (ConfigDict): ``optim_wrapper`` of a config.
     """
-    plain = {key: value for key, value in options.items()
-             if key not in ('constructor', 'type', 'clip_grad')}
-    stock = dict(plain, type='OptimWrapper')
-    ours = dict(stock, constructor='UDAOptimWrapperConstructor')
+    ours = optim_config(options, 'float32')
+    stock = {key: value for key, value in ours.items()
+             if key not in ('constructor', 'fused')}
     made = {
         'a group for each tensor': build_optim_wrapper(
-            model.segmentor, copy.deepcopy(stock)),
-        'groups merged': build_optim_wrapper(
-            model, dict(copy.deepcopy(ours), fused=False)),
+            model.segmentor, stock),
+        'groups merged': build_optim_wrapper(model, dict(ours, fused=False)),
         'groups merged, fused': build_optim_wrapper(
-            model, dict(copy.deepcopy(ours), fused=True))}
+            model, dict(ours, fused=True))}
     for wrapper in made.values():
         for group in wrapper.optimizer.param_groups:
             group['lr'] = RATE
@@ -73,10 +68,7 @@ def measure(setup: Setup, timer: Timer, sync_check: bool) -> dict[str, Any]:
         timer (Timer): How it is measured.
         sync_check (bool): Whether waiting for a GPU is an error first.
     """
-    config = setup.read()
-    init_default_scope(config.get('default_scope', 'mmseg'))
-    model = MODELS.build(ConfigDict(without_files(config.model)))
-    model.to(setup.device)
+    model = Training(setup).model
     draw = generator()
     for one in model.parameters():
         if one.requires_grad:
@@ -88,7 +80,7 @@ def measure(setup: Setup, timer: Timer, sync_check: bool) -> dict[str, Any]:
             one_by_one, teacher, student),
         ("teacher's average", 'foreach'): partial(
             ema_update, teacher, student, ALPHA)}
-    made = optimizers(model, config.optim_wrapper)
+    made = optimizers(model, setup.read().optim_wrapper)
     for name, wrapper in made.items():
         kind = type(wrapper.optimizer).__name__
         works[f"student's {kind}", name] = wrapper.optimizer.step

@@ -19,7 +19,6 @@ from ...ops import (
 from .labels import (
     Predictor,
     PseudoLabels,
-    align_corners_of,
     check_choice,
     check_unit,
     counted_where,
@@ -67,7 +66,6 @@ class ClassThresholds(nn.Module):
         thresholds (Sequence[float], optional): Fixed ones, one for each
             class, such as the tool's; nothing is counted then.
         bins (int): Of a histogram; a power of two.
-        student (nn.Module, optional): Given by the model.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -85,8 +83,7 @@ class ClassThresholds(nn.Module):
                  ceiling: float | None = None,
                  momentum: float = 0.99,
                  thresholds: Sequence[float] | None = None,
-                 bins: int = 4096,
-                 student: nn.Module | None = None) -> None:
+                 bins: int = 4096) -> None:
         super().__init__()
         check_choice('rule', rule, *RULES)
         usual = RULES[rule]
@@ -113,7 +110,7 @@ class ClassThresholds(nn.Module):
         self.momentum = momentum
         self.bins = bins
         self.is_fixed = thresholds is not None
-        self.predictor = Predictor(teacher, view, align_corners_of(student))
+        self.predictor = Predictor(teacher, view)
         self.register_buffer('fixed', torch.tensor(
             list(thresholds or ()), dtype=torch.float32), persistent=False)
         if not self.is_fixed:

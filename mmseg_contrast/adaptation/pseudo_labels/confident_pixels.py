@@ -12,7 +12,6 @@ from ...ops import hard_labels
 from .labels import (
     Predictor,
     PseudoLabels,
-    align_corners_of,
     check_choice,
     check_unit,
     counted_where,
@@ -39,7 +38,6 @@ class ConfidentPixels(nn.Module):
         threshold (float): A pixel that reaches it counts; in [0, 1] with
             ``on='probability'``.
         on (str): 'probability' or 'logit'; what is compared.
-        student (nn.Module, optional): Given by the model.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -49,8 +47,7 @@ class ConfidentPixels(nn.Module):
                  teacher: str = 'ema',
                  view: str = 'target',
                  threshold: float = 0.9,
-                 on: str = 'probability',
-                 student: nn.Module | None = None) -> None:
+                 on: str = 'probability') -> None:
         super().__init__()
         check_choice('on', on, 'probability', 'logit')
         if on == 'probability':
@@ -60,7 +57,7 @@ class ConfidentPixels(nn.Module):
         self.needs = (view, )
         self.threshold = threshold
         self.on = on
-        self.predictor = Predictor(teacher, view, align_corners_of(student))
+        self.predictor = Predictor(teacher, view)
 
     @torch.no_grad()
     def forward(self, step: Step, name: str) -> PseudoLabels:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...ops import full_precision, logit_probabilities
+from ...ops import logit_probabilities
 from ...ops.labels import IGNORE
 from ..view import View
 
@@ -51,13 +50,11 @@ class Predictor:
     Args:
         teacher (str): Name in ``model.teachers``, or 'student'.
         view (str): The view.
-        align_corners (bool): How the student resizes its logits.
     """
 
-    def __init__(self, teacher: str, view: str, align_corners: bool) -> None:
+    def __init__(self, teacher: str, view: str) -> None:
         self.teacher = teacher
         self.view = view
-        self.align_corners = align_corners
 
     def probabilities(self, step: Step) -> Tensor:
         """Class probabilities, ``(N, C, H, W)``, without gradients.
@@ -85,19 +82,13 @@ class Predictor:
         with torch.enable_grad():
             seen = (step.student(self.view) if self.teacher == STUDENT else
                     step.teacher_pass(self.teacher, self.view))
-            logits = seen.logits
+            logits = seen.image_logits
         if logits is None:
             raise ValueError(
                 'model.segmentor.decode_head gives no map of logits, which a '
                 'policy in model.pseudo_labels asks for: let it read the '
                 'probabilities of a teacher.')
-        logits = full_precision(logits.detach())
-        size = step.view(self.view).images.shape[-2:]
-        # HRDA pads images in evaluation: its logits are of all that it saw.
-        padded = getattr(seen.features, 'padded', size)
-        return F.interpolate(
-            logits, padded, mode='bilinear',
-            align_corners=self.align_corners)[..., :size[0], :size[1]]
+        return logits.detach()
 
 
 def known_teacher(teacher: str) -> str | None:
@@ -107,16 +98,6 @@ def known_teacher(teacher: str) -> str | None:
         teacher (str): What the config says.
     """
     return None if teacher == STUDENT else teacher
-
-
-def align_corners_of(student: nn.Module | None) -> bool:
-    """How a segmentor resizes its logits; False if there is none.
-
-    Args:
-        student (nn.Module, optional): The segmentor. It is not kept: it
-            would be saved once more.
-    """
-    return bool(getattr(student, 'align_corners', False))
 
 
 def without_nan(confidence: Tensor, labels: Tensor, counts: Tensor

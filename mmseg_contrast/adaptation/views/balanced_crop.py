@@ -9,7 +9,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ...ops import choose_offsets, crop_windows, draw_offsets
+from ...ops import choose_offsets, crop_windows, draw_offsets, send
 from ..view import View
 
 if TYPE_CHECKING:
@@ -149,6 +149,6 @@ class BalancedCrop(nn.Module):
         offsets = self.draw(samples, height, width, step.generator(name))
         labels = step.pseudo_label(self.pseudo_label).labels
         chosen = choose_offsets(
-            labels, offsets.to(labels.device, non_blocking=True), self.size,
+            labels, send(offsets, labels.device), self.size,
             self.num_classes, self.max_ratio)
         return self.crop(view, chosen, name)

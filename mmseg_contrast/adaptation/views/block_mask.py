@@ -8,7 +8,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ...ops import block_grid, hide_blocks
+from ...ops import block_grid, hide_blocks, send
 from ..view import View
 
 if TYPE_CHECKING:
@@ -102,5 +102,5 @@ class BlockMask(nn.Module):
         samples, _, height, width = images.shape
         uniforms = self.draw(samples, height, width, step.generator(name))
         return view.replace(name=name, images=hide_blocks(
-            images, uniforms.to(images.device, non_blocking=True),
+            images, send(uniforms, images.device),
             self.ratio))

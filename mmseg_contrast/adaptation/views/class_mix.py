@@ -8,7 +8,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ...ops import choose_classes, class_mask, mix, present_classes
+from ...ops import choose_classes, class_mask, mix, present_classes, send
 from ..view import View
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ClassMix(nn.Module):
         """
         scores = torch.rand(present.shape, generator=generator)
         return choose_classes(
-            present, scores.to(present.device, non_blocking=True))
+            present, send(scores, present.device))
 
     @torch.no_grad()
     def forward(self, step: Step, name: str) -> View:

@@ -9,7 +9,12 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ...ops import color_jitter, gaussian_blur, reference_blur_radius
+from ...ops import (
+    color_jitter,
+    gaussian_blur,
+    reference_blur_radius,
+    send,
+)
 from ..view import View
 
 if TYPE_CHECKING:
@@ -119,7 +124,7 @@ class StrongAugment(nn.Module):
     def _augment(self, images: Tensor, draws: dict[str, Tensor | bool]
                  ) -> Tensor:
         def there(value: Tensor) -> Tensor:
-            return value.to(images.device, non_blocking=True)
+            return send(value, images.device)
 
         if draws['jitter']:
             colours = (images * self.std + self.mean) / 255

@@ -134,12 +134,20 @@ class CompileHook(Hook):
             module.compile(**self.options)
             self._compiled.append((module, module._compiled_call_impl))
 
-    def before_train_iter(self, *args: Any, **kwargs: Any) -> None:
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: dict | None = None) -> None:
         """Let CUDA graphs keep outputs until the next iteration.
 
         With mode='reduce-overhead' a network's call would free those of its
         last one otherwise, unless a backward is still to come: the teacher's
         pass those of a student that has been backpropagated.
+
+        Args:
+            runner (Runner): The runner.
+            batch_idx (int): Number of the iteration.
+            data_batch (dict, optional): What the loader gave.
         """
         torch.compiler.cudagraph_mark_step_begin()
 
